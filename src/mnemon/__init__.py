@@ -1,0 +1,44 @@
+"""mnemon keeps what a transformer needs to remember between two forward passes.
+
+Names are imported when they are first used, so that ``import mnemon`` does not import torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mnemon.binding import attach, detach, prefill
+    from mnemon.cache import Cache
+    from mnemon.files import load_cache
+    from mnemon.recipe import Recipe
+
+try:
+    __version__ = version("mnemon")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0+source"
+
+_HOME = {
+    "Cache": "mnemon.cache",
+    "Recipe": "mnemon.recipe",
+    "attach": "mnemon.binding",
+    "detach": "mnemon.binding",
+    "load_cache": "mnemon.files",
+    "prefill": "mnemon.binding",
+}
+
+__all__ = ["Cache", "Recipe", "attach", "detach", "errors", "load_cache", "prefill"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("mnemon.errors")
+    if name not in _HOME:
+        raise AttributeError(f"module 'mnemon' has no attribute {name!r}; it has {__all__}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

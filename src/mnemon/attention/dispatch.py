@@ -1,0 +1,111 @@
+"""`attend`: one call for every kind of attention, which picks the path by shape."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnemon.attention.grouped import explicit_attention, fused_attention, spread_attention
+from mnemon.errors import CacheError
+from mnemon.types import Keys, Queries, Values
+
+__all__ = ["FEW_ROWS", "attend", "check_shapes", "merge_masks"]
+
+# Up to this many query rows, the rows of a group are folded under one key head (`fused_attention`);
+# with more, the group becomes the head axis, whose kernel can use its own causal flag.
+FEW_ROWS = 16
+
+
+def attend(
+    query: Queries,
+    keys: Keys,
+    values: Values,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention over stored keys and values, read where they lie.
+
+    Args:
+        query: queries, [batch, heads, new, head_dim].
+        keys: keys, [batch, kv_heads, tokens, head_dim], strided as a buffer with reserve hands
+            them out; ``heads`` is a multiple of ``kv_heads``.
+        values: values, [batch, kv_heads, tokens, value_dim]; value_dim may differ from head_dim.
+        mask: which tokens are seen: bool (True = seen) or numbers added to the scores;
+            broadcastable to [batch, heads, new, tokens].
+        scale: factor on the dot products; None is ``head_dim ** -0.5``.
+        causal: query row i sees the tokens up to ``tokens - new + i`` (the last row sees all).
+        softcap: bound on the scores, ``tanh(score / softcap) * softcap``.
+        sinks: one score per head that takes part in the softmax and carries no value, [heads].
+        bias: numbers added to the scores, broadcastable to [batch, heads, new, tokens].
+
+    Returns:
+        The output in the query's dtype, [batch, heads, new, value_dim]. A row that sees nothing
+        (by a bool mask) is zero.
+
+    Raises:
+        CacheError: head counts, lengths or the mask's shape do not fit together.
+
+    Source:
+        The conventions of `mnemon.attention.reference.attention`, which is the oracle of this one.
+    """
+    check_shapes(query, keys, values, mask)
+    num_new, num_tokens = query.shape[2], keys.shape[2]
+    plain_scores = softcap is None and sinks is None
+    kernel_causal = causal and plain_scores and mask is None and bias is None
+    if causal and num_new > 1 and not (kernel_causal and num_new == num_tokens):
+        seen = torch.ones(num_new, num_tokens, dtype=torch.bool, device=query.device)
+        mask = merge_masks(seen.tril(num_tokens - num_new)[None, None], mask, query.dtype)
+        kernel_causal = False
+    if bias is not None:
+        mask = merge_masks(mask, bias, query.dtype)
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        mask = mask.to(query.dtype)
+
+    if not plain_scores:
+        return explicit_attention(query, keys, values, mask, scale, softcap, sinks)
+    if torch.compiler.is_compiling():
+        grouped = query.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(
+            query, keys, values, mask, is_causal=kernel_causal, scale=scale, enable_gqa=grouped
+        )
+    if num_new <= FEW_ROWS and not kernel_causal:
+        return fused_attention(query, keys, values, mask, scale)
+    return spread_attention(query, keys, values, mask, scale, kernel_causal and num_new > 1)
+
+
+def merge_masks(mask: Tensor | None, other: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Both masks at once: the meet of two bools, otherwise their sum as numbers of ``dtype``."""
+    if mask is None or other is None:
+        return other if mask is None else mask
+    if mask.dtype == torch.bool and other.dtype == torch.bool:
+        return mask & other
+    if mask.dtype == torch.bool:
+        return other.to(dtype).masked_fill(~mask, -torch.inf)
+    if other.dtype == torch.bool:
+        return mask.to(dtype).masked_fill(~other, -torch.inf)
+    return (mask + other).to(dtype)
+
+
+def check_shapes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+    """Raise `CacheError` unless the four fit together, naming what came and what was expected."""
+    if query.shape[1] % keys.shape[1]:
+        raise CacheError(
+            f"{query.shape[1]} query heads cannot share {keys.shape[1]} key heads: expected a "
+            "multiple; check that keys come as [batch, kv_heads, tokens, head_dim]"
+        )
+    if keys.shape[:3] != values.shape[:3] or query.shape[-1] != keys.shape[-1]:
+        raise CacheError(
+            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and values "
+            f"{tuple(values.shape)} do not fit: expected keys and values of one batch, head count "
+            "and length, and keys as wide as queries; pass them as the cache layer returned them"
+        )
+    if mask is not None and (mask.ndim != 4 or mask.shape[-1] not in (1, keys.shape[2])):
+        raise CacheError(
+            f"a mask of shape {tuple(mask.shape)} does not cover {keys.shape[2]} stored tokens: "
+            "expected [batch or 1, heads or 1, new or 1, tokens]; build it from the lengths that "
+            "the cache's get_mask_sizes gives, or cut it to the keys"
+        )

@@ -1,0 +1,313 @@
+"""`attach` and `detach`: one model instance learns to use mnemon caches to the full."""
+
+import inspect
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, final
+
+import torch
+from transformers import PreTrainedModel
+
+from mnemon.binding import chunks
+from mnemon.binding.reuse import OnMismatch, Reuse, Stats
+from mnemon.binding.tracking import ATTACHED, own_cache, run_forward
+from mnemon.cache import Cache
+from mnemon.errors import CacheError, ModelError
+from mnemon.hf import attention as hf_attention
+from mnemon.hf import generate as hf
+
+__all__ = ["Attachment", "attach", "attachment_of", "detach"]
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    on_mismatch: OnMismatch = "crop",
+    exact: bool = False,
+    chunk: int = chunks.DEFAULT_CHUNK,
+    attention: bool = True,
+) -> "Attachment":
+    """Make `model` verify, reuse and track mnemon caches, and read them with mnemon's attention.
+
+    Only this instance changes: its `forward` and `generate` become instance attributes and its
+    attention implementation is switched. Everything else that is passed (transformers' own caches,
+    streamers, assistants, generation configs) goes through untouched. A copy of an attached model
+    (`copy.deepcopy`, pickle) is attached too, to itself.
+
+    Args:
+        model: a transformers model.
+        on_mismatch: what `generate` does with a cache that holds other tokens than the prompt's:
+            "crop" keeps the common prefix (a cache that cannot be cropped is emptied), "error"
+            raises `PrefixMismatch`.
+        exact: prefill in `generate` runs in fixed chunks (see `prefill`), so that generation after
+            reuse is bit-identical to generation without it.
+        chunk: tokens per chunk for `exact`, a power of two.
+        attention: use mnemon's attention where it is exact for the model's layers.
+
+    Returns:
+        The attachment: `with mnemon.attach(model): ...` detaches on exit; `report()` and `stats`
+        say what it does.
+
+    Raises:
+        ModelError: not a transformers model, attached already, or bad options.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"attach takes a transformers PreTrainedModel; got {type(model).__name__}. Attach to "
+            f"the model inside a wrapper (for torch.compile: model._orig_mod)."
+        )
+    if attachment_of(model) is not None:
+        raise ModelError(
+            f"This {type(model).__name__} is attached already; call mnemon.detach(model) first."
+        )
+    if on_mismatch not in ("crop", "error"):
+        raise ModelError(f"on_mismatch is 'crop' or 'error'; got {on_mismatch!r}.")
+    return Attachment(
+        model,
+        on_mismatch=on_mismatch,
+        exact=exact,
+        chunk=chunks.checked_chunk(chunk),
+        attention=attention,
+    )
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach` completely: `model` is as it was before.
+
+    Raises:
+        ModelError: not attached, or somebody replaced `forward` or `generate` after `attach`.
+    """
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise ModelError(
+            f"This {type(model).__name__} is not attached; there is nothing to detach."
+        )
+    attachment.detach()
+
+
+def attachment_of(model: torch.nn.Module) -> "Attachment | None":
+    """The attachment of `model`, if there is one."""
+    found = vars(model).get(ATTACHED)
+    return found if isinstance(found, Attachment) else None
+
+
+@final
+class Attachment:
+    """What `attach` did to one model, and what happened since. Made by `attach` only.
+
+    Args: those of `attach`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        on_mismatch: OnMismatch,
+        exact: bool,
+        chunk: int,
+        attention: bool,
+    ) -> None:
+        self.model = model
+        self.on_mismatch: OnMismatch = on_mismatch
+        self.exact = exact
+        self.chunk = chunk
+        self.stats = Stats()
+        self._names = hf.stream(model)
+        self._calls: dict[int, _Call] = {}
+        self._saved = {name: vars(model).get(name) for name in ("forward", "generate")}
+        self._restore = hf_attention.enable(model) if attention else None
+        self._methods: dict[str, Any] = {"forward": _Method(model.forward, self._forward)}
+        if hasattr(model, "generate"):
+            self._methods["generate"] = _Method(model.generate, self._generate)
+        vars(model).update(self._methods)
+        vars(model)[ATTACHED] = self
+
+    def detach(self) -> None:
+        """Undo the attachment; see `detach`."""
+        attributes = vars(self.model)
+        if attributes.get(ATTACHED) is not self:
+            raise ModelError("This attachment was detached already.")
+        for name, method in self._methods.items():
+            if attributes.get(name) is not method:
+                raise ModelError(
+                    f"model.{name} was replaced after attach (by accelerate or another wrapper?); "
+                    f"undo that first, then detach."
+                )
+        for name in self._methods:
+            if self._saved[name] is None:
+                del attributes[name]
+            else:
+                attributes[name] = self._saved[name]
+        if self._restore is not None:
+            self._restore.restore()
+        del attributes[ATTACHED]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if vars(self.model).get(ATTACHED) is self:
+            self.detach()
+
+    # -- what the model calls ----------------------------------------------------------------------
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        original = self._methods["forward"].original
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        arguments = hf.named_arguments(original, args, kwargs)
+        cache = own_cache(arguments)
+        if cache is None:
+            return original(*args, **kwargs)
+        call = self._calls.get(id(cache))
+        if call is None:
+            return run_forward(self._names, original, arguments, cache)
+        call.skip_cached(arguments, self._names)
+        return run_forward(self._names, original, arguments, cache, call.prompt_mask)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        original = self._methods["generate"].original
+        arguments = hf.named_arguments(original, args, kwargs)
+        cache = own_cache(arguments)
+        if cache is None or hf.setting(self.model, arguments, "use_cache", True) is False:
+            return original(*args, **kwargs)
+        if id(cache) in self._calls:
+            raise CacheError(
+                "This cache is in use by another generate call of this model; one cache serves one "
+                "call at a time. Use cache.fork() for the second."
+            )
+        self.stats.calls += 1
+        call = self._calls[id(cache)] = _Call()
+        try:
+            self._prepare(cache, arguments, call)
+            result = original(**arguments)
+            _name_unlogged(cache, result)
+            return result
+        finally:
+            del self._calls[id(cache)]
+            # Assisted decoding leaves windows recording: from here on they are bounded again.
+            cache.end_past_recording()
+
+    # -- one generate call -------------------------------------------------------------------------
+
+    def _prepare(self, cache: Cache, arguments: dict[str, Any], call: "_Call") -> None:
+        model, prompt = self.model, hf.read_prompt(self.model, arguments)
+        in_chunks = self.exact and hf.is_plain_text(model, arguments, prompt)
+        reuse = Reuse(model, cache, prompt, arguments, self.on_mismatch, self.stats)
+        if in_chunks:
+            reuse.align = self.chunk
+            reuse.limit = chunks.reusable(model, cache, prompt.batch_size, self.chunk)
+        call.prompt_mask = prompt.mask
+        reuse.fit()
+        last = prompt.num_tokens - 1
+        rows_ready = cache.batch_size == prompt.batch_size * prompt.expand and cache.num_tokens > 0
+        if prompt.ids is not None and last > reuse.num_cached and not (
+            rows_ready and prompt.expand > 1
+        ):
+            mask = None if bool((prompt.mask == 1).all()) else prompt.mask
+            once = prompt.expand > 1 and hf.is_plain_text(model, arguments, prompt)
+            if in_chunks:
+                chunks.run(model, prompt.ids, cache, mask, reuse.num_cached, last, self.chunk)
+            elif once and not hf.wants_prompt_outputs(model, arguments):
+                size = hf.setting(model, arguments, "prefill_chunk_size", None) or last
+                chunks.run(model, prompt.ids, cache, mask, reuse.num_cached, last, int(size))
+        if cache.batch_size == prompt.batch_size and prompt.expand > 1 and cache.num_tokens:
+            cache.repeat(prompt.expand)
+        call.num_prompt = prompt.num_tokens
+        call.num_cached = cache.num_tokens
+
+    def report(self) -> str:
+        """What is attached, which modules use mnemon's attention, and what reuse saved."""
+        exact = f", exact (chunks of {self.chunk} tokens)" if self.exact else ""
+        lines = [f"{self!r}, on_mismatch={self.on_mismatch!r}{exact}", *self._attention_lines()]
+        stats = self.stats
+        lines.append(
+            f"{stats.calls} generate calls with a cache: {stats.tokens_reused} prompt tokens "
+            f"reused, {stats.tokens_computed} computed ({stats.tokens_recomputed} of them again), "
+            f"{stats.tokens_cropped} cropped, {stats.resets} resets"
+        )
+        if stats.tokens_unverified:
+            lines.append(
+                f"{stats.tokens_unverified} reused tokens could not be verified (embeddings, or "
+                f"cached without their ids)"
+            )
+        return "\n".join(lines)
+
+    def _attention_lines(self) -> list[str]:
+        if self._restore is None:
+            return ["attention: the model's own"]
+        alone = self._restore.left_alone
+        lines = [f"attention: mnemon's in {len(self._restore.served)} modules"]
+        for reason in sorted(set(alone.values())):
+            names = [name for name, why in alone.items() if why == reason]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"attention: the model's own in {names[0]}{more}: {reason}")
+        return lines
+
+    def __repr__(self) -> str:
+        state = "attached" if vars(self.model).get(ATTACHED) is self else "detached"
+        return f"Attachment({type(self.model).__name__}, {state})"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy in another process: the names that its config uses have to exist there.
+        vars(self).update(state)
+        hf_attention.register()
+
+
+class _Method:
+    """A callable that stands in for `original` on the instance and shows its signature.
+
+    An object, not a closure: copies and pickles of the model refer to themselves, not to us.
+    """
+
+    def __init__(self, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+        self.original = original
+        self.replacement = replacement
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.replacement(*args, **kwargs)
+
+
+class _Call:
+    """A `generate` call in progress."""
+
+    prompt_mask: torch.Tensor | None = None
+    num_prompt: int = 0
+    num_cached: int = 0
+
+    def skip_cached(self, arguments: dict[str, Any], names: hf.Stream) -> None:
+        """Take from the first forward what is cached already.
+
+        `generate` slices the prompt itself, except when it drafts, and for recurrent models: there
+        it feeds the whole prompt again.
+        """
+        cached, self.num_cached = self.num_cached, 0
+        ids = arguments.get(names.ids)
+        if not cached or ids is None or ids.ndim != 2 or ids.shape[1] < self.num_prompt:
+            return
+        num_fed = ids.shape[1]
+        arguments[names.ids] = ids[:, cached:]
+        for name in (names.positions, "token_type_ids", "mm_token_type_ids"):
+            value = arguments.get(name)
+            if isinstance(value, torch.Tensor) and value.shape[-1] == num_fed:
+                arguments[name] = value[..., cached:]
+
+
+def _name_unlogged(cache: Cache, result: Any) -> None:
+    """Name tokens that a compiled forward cached without writing them down."""
+    sequences = result if isinstance(result, torch.Tensor) else getattr(result, "sequences", None)
+    held, named = cache.num_tokens, cache.num_recorded
+    if (
+        isinstance(sequences, torch.Tensor)
+        and named < held <= sequences.shape[1]
+        and sequences.shape[0] == cache.batch_size
+    ):
+        cache.record_tokens(sequences[:, named:held], None, named)

@@ -1,0 +1,107 @@
+"""Which tokens a forward put into a cache, and a cache that stays whole when a forward breaks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from mnemon.binding.prefix import UNKNOWN
+from mnemon.cache import Cache, EncoderDecoderCache
+from mnemon.hf import generate as hf
+from mnemon.layers import CacheLayer, HybridLayer
+
+__all__ = ["ATTACHED", "is_attached", "own_cache", "run_forward"]
+
+#: The instance attribute under which an attached model keeps its attachment.
+ATTACHED: Final = "_mnemon_attachment"
+
+
+def is_attached(model: torch.nn.Module) -> bool:
+    return ATTACHED in vars(model)
+
+
+def own_cache(arguments: Mapping[str, Any]) -> Cache | None:
+    """The mnemon cache among a call's arguments, if it brings one."""
+    for name in hf.CACHE_NAMES:
+        # Compared with None, not tested for truth: a cache without layers has length 0.
+        cache = arguments.get(name)
+        if isinstance(cache, Cache):
+            return cache
+    return None
+
+
+def run_forward(
+    names: hf.Stream,
+    forward: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    cache: Cache,
+    prompt_mask: torch.Tensor | None = None,
+) -> Any:
+    """``forward(**arguments)``, with the tokens it caches written into the cache's log.
+
+    If it raises midway (out of memory, Ctrl-C), the cache is put back as it was before; where that
+    is impossible (a window or a state has already let go of its past) it is emptied, and the
+    exception carries a note that says so.
+
+    Args:
+        names: what the model calls its arguments.
+        prompt_mask: ``[batch, tokens]``, for calls whose own mask is not per token.
+    """
+    start = cache.num_tokens
+    try:
+        outputs = forward(**arguments)
+    except BaseException as error:
+        _mend(cache, start, error)
+        raise
+    ids, embeds = arguments.get(names.ids), arguments.get(names.embeds)
+    if ids is None and embeds is not None:
+        ids = torch.full(embeds.shape[:2], UNKNOWN, dtype=torch.int64)
+    if ids is not None and ids.ndim == 2:
+        mask = _mask_of_new(arguments.get(names.mask), prompt_mask, start, ids)
+        cache.record_tokens(ids, mask, start)
+    return outputs
+
+
+def _mask_of_new(
+    mask: object, prompt_mask: torch.Tensor | None, start: int, ids: torch.Tensor
+) -> torch.Tensor | None:
+    """``[batch, new]`` of what was just cached; None if nothing is padded."""
+    num_new = ids.shape[1]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return mask[:, -num_new:] if mask.shape[1] >= num_new else None
+    if mask is None or prompt_mask is None or start >= prompt_mask.shape[1]:
+        return None
+    known = prompt_mask[:, start : start + num_new]
+    missing = num_new - known.shape[1]
+    known = torch.nn.functional.pad(known, (0, missing), value=1) if missing else known
+    repeats = ids.shape[0] // known.shape[0]
+    return known.repeat_interleave(repeats, dim=0) if repeats > 1 else known
+
+
+def _mend(cache: Cache, start: int, error: BaseException) -> None:
+    layers = [part for layer in _self_attention(cache) for part in _parts(layer)]
+    # A state cannot say whether the broken forward reached it: counted as not undoable.
+    excess = [layer.num_tokens - start if layer.counts_tokens else -1 for layer in layers]
+    undoable = all(
+        0 <= extra and layer.can_crop(extra) for layer, extra in zip(layers, excess, strict=True)
+    )
+    if start and undoable:
+        for layer, extra in zip(layers, excess, strict=True):
+            layer.crop(extra)
+        return
+    cache.reset()
+    if start:
+        error.add_note(
+            f"mnemon: this interrupted forward left the layers of the cache with different "
+            f"lengths, and the {start} tokens it held before cannot be restored (a window or a "
+            f"state has let go of its past). The cache is now empty: pass the whole prompt again."
+        )
+
+
+def _self_attention(cache: Cache) -> Sequence[CacheLayer]:
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return [layer for layer in own.layers if not layer.is_dummy]
+
+
+def _parts(layer: CacheLayer) -> tuple[CacheLayer, ...]:
+    return layer.parts if isinstance(layer, HybridLayer) else (layer,)

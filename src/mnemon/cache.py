@@ -1,0 +1,500 @@
+"""`Cache`: all that a model keeps between two forward passes."""
+
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NoReturn, Self
+
+import torch
+from transformers import PreTrainedConfig
+
+from mnemon import layers as kinds
+from mnemon import recipe as recipes
+from mnemon.errors import CacheError
+from mnemon.hf.base import CacheFacade, PairFacade
+from mnemon.hf.kinds import decoder_config, is_encoder_decoder, layer_specs
+from mnemon.layers.base import CacheLayer, LayerState, row_index
+from mnemon.recipe import Recipe
+from mnemon.report import Report, report
+from mnemon.token_log import PADDING, UNKNOWN, TokenLog
+
+__all__ = ["Cache", "CacheState", "EncoderDecoderCache", "Prefilled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheState:
+    """Everything a cache holds.
+
+    Args:
+        layers: states of the decoder's layers, in order.
+        cross: states of the cross-attention layers; empty without an encoder.
+        tokens: int64 ``[batch, num_tokens]``; -1 unknown, -2 padding.
+        meta: JSON-able facts.
+    """
+
+    layers: tuple[LayerState, ...]
+    cross: tuple[LayerState, ...] = ()
+    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(1, 0, dtype=torch.int64))
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefilled:
+    """How the leading tokens were computed: what reuse without a changed bit depends on.
+
+    Args:
+        chunk: tokens per chunk, aligned to absolute positions.
+        num_tokens: leading tokens computed so, whole chunks.
+        batch_size: rows they were computed with.
+        attention: the attention implementation that computed them.
+    """
+
+    chunk: int
+    num_tokens: int
+    batch_size: int
+    attention: str
+
+
+class Cache(CacheFacade):
+    """All that a model keeps between two forward passes; pass it as ``past_key_values``.
+
+    A real ``transformers.Cache`` that takes the shape of any config: dense, windowed, recurrent,
+    hybrid, indexed, shared layers, and the pair of an encoder-decoder model (then also a
+    ``transformers.EncoderDecoderCache``). Lengths are ints. Tokens are named by
+    `mnemon.attach` or `mnemon.prefill`; what is put in by hand is `UNKNOWN`.
+
+    Args:
+        config: the model's config; of a multimodal model the text part is used.
+        recipe: how it is stored, e.g. ``""`` (dense, grows in place) or ``"static(4096)"``.
+
+    Raises:
+        RecipeError: a recipe that cannot be parsed or is not there yet.
+        ModelError: not a config, or layers that nobody knows.
+
+    Source:
+        The cache contract of transformers 5.23 (``cache_utils.Cache``).
+    """
+
+    def __new__(cls, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any) -> Self:
+        if cls is Cache and config is not None and is_encoder_decoder(config):
+            pair: Self = object.__new__(EncoderDecoderCache)  # type: ignore[arg-type]
+            return pair
+        return object.__new__(cls)
+
+    def __init__(self, config: PreTrainedConfig, recipe: str | Recipe = "") -> None:
+        parsed = recipes.parse(recipe)
+        specs = layer_specs(config)
+        self._init_state(config, parsed, [kinds.build(spec, parsed) for spec in specs])
+
+    def _init_state(
+        self, config: PreTrainedConfig, recipe: Recipe, layers: list[CacheLayer]
+    ) -> None:
+        CacheFacade.__init__(self, layers=layers)
+        self.config = config
+        self.recipe = recipe
+        self._log = TokenLog()
+        #: What besides tokens the content depends on (encoder input, images): set by the binding.
+        self.content_key: str | None = None
+        #: Leading tokens that a chunked prefill computed: set by the binding.
+        self.prefilled: Prefilled | None = None
+
+    @classmethod
+    def _of(cls, config: PreTrainedConfig, recipe: Recipe, layers: list[CacheLayer]) -> "Cache":
+        """A plain cache around ready-made layers."""
+        cache = object.__new__(Cache)
+        cache._init_state(config, recipe, layers)
+        return cache
+
+    # -- lengths and bytes -----------------------------------------------------------------------
+
+    @property
+    def _all_layers(self) -> Iterable[CacheLayer]:
+        """Every layer, those of the cross cache included."""
+        return self.layers
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen (logical length). Without attention layers: tokens recorded."""
+        layer = self._token_layer(0)
+        return self._length_without_tokens() if layer is None else int(layer.num_tokens)
+
+    def _length_without_tokens(self) -> int:
+        return len(self._log)
+
+    @property
+    def num_stored(self) -> int:
+        """Tokens kept by the layer that keeps most."""
+        return max((layer.num_stored for layer in self.layers), default=0)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 while empty."""
+        return max((layer.batch_size for layer in self.layers), default=-1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored, all layers."""
+        return sum(layer.nbytes for layer in self._all_layers)
+
+    @property
+    def nbytes_reserved(self) -> int:
+        """Bytes allocated, all layers (on a CPU, reserve that is not yet used is not resident)."""
+        return sum(layer.nbytes_reserved for layer in self._all_layers)
+
+    def report(self) -> Report:
+        """What the cache holds, by kind of layer: print it, or take ``to_dict()``."""
+        return report(
+            groups={"decoder": self.layers},
+            title=f"{self.config.model_type} · {self.recipe}",
+            num_tokens=self.num_tokens,
+            num_known_tokens=self.num_known_tokens,
+        )
+
+    # -- which tokens ----------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64 ``[batch, num_tokens]`` on the CPU; -1 was filled by hand, -2 is padding."""
+        return self._log.tensor(self.num_tokens, self.batch_size)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Positions whose token is known in every row."""
+        return int((self.tokens != UNKNOWN).all(dim=0).sum())
+
+    @property
+    def num_recorded(self) -> int:
+        """Leading positions that the log covers, named or not."""
+        return min(len(self._log), self.num_tokens)
+
+    def record_tokens(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, start: int
+    ) -> None:
+        """Name the tokens that a forward just added.
+
+        Args:
+            input_ids: int ``[batch, new]``.
+            attention_mask: ``[batch, new]`` of those positions; 0 is padding.
+            start: position of the first one.
+        """
+        self._log.record(input_ids, attention_mask, start)
+
+    def common_prefix(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> int:
+        """Leading positions at which every row agrees with `input_ids` ``[batch, tokens]``.
+
+        A cache of one row is compared with every row. Unknown positions agree with anything.
+        """
+        held = self.tokens
+        ids = input_ids.detach().to("cpu", torch.int64)
+        if attention_mask is not None and attention_mask.shape == ids.shape:
+            ids = ids.masked_fill(attention_mask.cpu() == 0, PADDING)
+        length = min(held.shape[1], ids.shape[1])
+        if held.shape[0] not in (1, ids.shape[0]) or not length:
+            return 0
+        held, ids = held[:, :length], ids[:, :length]
+        agree = ((held == ids) | (held == UNKNOWN)).all(dim=0)
+        return length if bool(agree.all()) else int(agree.to(torch.int64).argmin())
+
+    def attention_mask(self) -> torch.Tensor:
+        """int64 ``[batch, num_tokens]``: 0 where a row is padding, as after `merge`."""
+        return (self.tokens != PADDING).to(torch.int64)
+
+    # -- going back ------------------------------------------------------------------------------
+
+    def can_crop(self, num_tokens: int) -> bool:
+        """Whether the newest `num_tokens` can be taken back leaving no trace."""
+        return all(layer.can_crop(num_tokens) for layer in self.layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens, in every layer or in none.
+
+        Args:
+            tokens_to_remove: ``-n`` removes n tokens; 0 removes none and drops what was recorded
+                for going back (transformers' convention).
+
+        Raises:
+            CacheError: a positive number, or a layer that cannot go back so far.
+        """
+        if tokens_to_remove > 0:
+            raise CacheError(
+                f"crop takes minus the number of tokens to remove, e.g. crop(-3); got "
+                f"{tokens_to_remove}. For a final size of n: crop(n - cache.num_tokens)."
+            )
+        count = -tokens_to_remove
+        if count > max(self.num_tokens, 0) and self.batch_size > 0:
+            raise CacheError(f"Cannot remove {count} tokens: the cache holds {self.num_tokens}.")
+        left = self.num_tokens - count
+        for layer in self.layers:
+            if layer.batch_size > 0 and not layer.can_crop(count):
+                layer.crop(count)  # raises with its own reason, before anything changed
+        for layer in self.layers:
+            if layer.batch_size > 0:
+                layer.crop(count)
+        if count:
+            self._log.crop_to(max(left, 0))
+            if self.prefilled is not None and self.prefilled.num_tokens > left:
+                self.prefilled = replace(self.prefilled, num_tokens=max(left, 0))
+
+    def keep(self, indices: torch.Tensor) -> None:
+        """Keep only the stored tokens at `indices` in every layer (int64 ``[kept]``, ascending).
+
+        Raises:
+            UnsupportedVerb: a layer whose positions are bound (window, state); nothing changed.
+        """
+        trial = self.fork()
+        for layer in trial.layers:
+            layer.keep(indices)
+        for layer in self.layers:
+            layer.keep(indices)
+        self.prefilled = None
+
+    def reset(self) -> None:
+        """Forget everything; preallocated memory stays."""
+        for layer in self._all_layers:
+            layer.reset()
+        self._log = TokenLog()
+        self.content_key = None
+        self.prefilled = None
+
+    def end_past_recording(self) -> None:
+        """Undo `activate_past_recording`: windows are bounded again, nothing more can go back."""
+        self._set_recording(False)
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Row i becomes what row ``index[i]`` was; int64 ``[batch]`` (beam search)."""
+        for layer in self._all_layers:
+            layer.reorder(index)
+        self._log.gather(index)
+        self.prefilled = None  # other rows: computed again, the bits may differ
+
+    def repeat(self, repeats: int) -> None:
+        """Each row `repeats` times, neighbours together: a prefix computed once serves beams."""
+        if repeats < 1:
+            raise CacheError(f"repeat takes a number of copies >= 1; got {repeats}.")
+        for layer in self._all_layers:
+            layer.repeat(repeats)
+        if repeats > 1:
+            self.prefilled = None
+        if self._log.batch_size > 0:
+            self._log.gather(torch.arange(self._log.batch_size).repeat_interleave(repeats))
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep the rows at `index` (int64 or bool ``[rows]``), in that order."""
+        index = row_index(index, max(self.batch_size, 0))
+        for layer in self._all_layers:
+            layer.select(index)
+        self.prefilled = None
+        if self._log.batch_size > 0:
+            self._log.gather(index % self._log.batch_size)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.repeat(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.select(indices)
+
+    @classmethod
+    def merge(cls, caches: Sequence["Cache"]) -> "Cache":
+        """One cache with the rows of all `caches`, aligned at their newest token.
+
+        Shorter ones are padded on the left: pass ``merged.attention_mask()``, extended by ones
+        for the new tokens, to the model.
+
+        Raises:
+            CacheError: none given, or caches of different models, recipes or encoder lengths.
+        """
+        if not caches:
+            raise CacheError("Cache.merge takes at least one cache; got none.")
+        first = caches[0]
+        for other in caches[1:]:
+            if type(other) is not type(first) or other.recipe != first.recipe:
+                raise CacheError(
+                    f"Cannot merge a {type(first).__name__} of recipe {str(first.recipe)!r} with a "
+                    f"{type(other).__name__} of {str(other.recipe)!r}."
+                )
+            if len(other.layers) != len(first.layers):
+                raise CacheError(
+                    f"Cannot merge caches of {len(first.layers)} and {len(other.layers)} layers."
+                )
+        merged = first._like(
+            [
+                [column[0].merge(column[1:]) for column in zip(*groups, strict=True)]
+                for groups in zip(*(cache._groups() for cache in caches), strict=True)
+            ]
+        )
+        merged._log = TokenLog.merge([cache.tokens for cache in caches])
+        keys = {cache.content_key for cache in caches}
+        merged.content_key = keys.pop() if len(keys) == 1 else None
+        return merged
+
+    def extract(self, row: int) -> "Cache":
+        """A cache with row `row` alone, without the padding on its left."""
+        batch_size = self.batch_size
+        if not -batch_size <= row < batch_size:
+            raise CacheError(f"Row {row} asked for; the cache has {max(batch_size, 0)}.")
+        tokens = self.tokens[row]
+        padding = int((tokens == PADDING).to(torch.int64).cumprod(0).sum())
+        other = self._like(
+            [[layer.extract(row, padding) for layer in group] for group in self._groups()]
+        )
+        other._log = TokenLog.of(tokens[None, padding:])
+        other.content_key = self.content_key
+        return other
+
+    def fork(self) -> "Cache":
+        """An independent cache with the same content; memory is copied when one of them writes."""
+        other = self._like([[layer.fork() for layer in group] for group in self._groups()])
+        other._log = self._log.fork()
+        other.content_key = self.content_key
+        other.prefilled = self.prefilled
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
+        other = self.fork()
+        memo[id(self)] = other
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise CacheError(
+            "A cache is not pickled (loading a pickle runs code): use cache.save(path) and "
+            "mnemon.load_cache(path, model), or cache.fork() for a copy."
+        )
+
+    def _groups(self) -> list[list[CacheLayer]]:
+        """The decoder's layers, then those of the cross cache if there is one."""
+        return [self.layers]
+
+    def _like(self, groups: list[list[CacheLayer]]) -> "Cache":
+        return Cache._of(self.config, self.recipe, groups[0])
+
+    # -- state and files -------------------------------------------------------------------------
+
+    def to_state(self) -> CacheState:
+        """Everything the cache holds; tensors share its memory."""
+        groups = [tuple(layer.state() for layer in group) for group in self._groups()]
+        return CacheState(
+            layers=groups[0],
+            cross=groups[1] if len(groups) > 1 else (),
+            tokens=self.tokens,
+            meta={
+                "content_key": self.content_key,
+                "prefilled": None if self.prefilled is None else asdict(self.prefilled),
+            },
+        )
+
+    @classmethod
+    def from_state(
+        cls, config: PreTrainedConfig, recipe: str | Recipe, state: CacheState
+    ) -> "Cache":
+        """A cache of `config` that holds `state`; tensors are borrowed until the first write.
+
+        Raises:
+            CacheError: the state does not fit the config, or contradicts itself.
+        """
+        cache = Cache(config, recipe)
+        cache._load_state(state)
+        return cache
+
+    def _load_state(self, state: CacheState) -> None:
+        groups, saved = self._groups(), [state.layers, state.cross]
+        for group, states in zip(groups, saved, strict=False):
+            if len(group) != len(states):
+                raise CacheError(
+                    f"The state has {len(states)} layers and the model {len(group)}: it was made "
+                    f"for another model."
+                )
+            for layer, layer_state in zip(group, states, strict=True):
+                layer.load_state(layer_state)
+        lengths = {layer.num_tokens for layer in self.layers if layer.counts_tokens}
+        if len(lengths) > 1:
+            raise CacheError(f"The layers of the state disagree on its length: {sorted(lengths)}.")
+        if lengths and state.tokens.shape[1] not in lengths:
+            raise CacheError(
+                f"The state names {state.tokens.shape[1]} tokens and its layers hold {lengths}."
+            )
+        self._log = TokenLog.of(state.tokens)
+        self.content_key = state.meta.get("content_key")
+        self.notes = dict(state.meta.get("notes") or {})
+        prefilled = state.meta.get("prefilled")
+        self.prefilled = None if prefilled is None else Prefilled(**prefilled)
+
+    def save(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write the cache to a safetensors file, atomically (see `mnemon.files.save_cache`)."""
+        from mnemon.files import save_cache  # files stands above cache
+
+        save_cache(self, path, **options)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.config.model_type!r}, {str(self.recipe)!r}, "
+            f"num_tokens={self.num_tokens}, batch_size={self.batch_size}, nbytes={self.nbytes})"
+        )
+
+
+class EncoderDecoderCache(Cache, PairFacade):
+    """The cache of an encoder-decoder model: what the decoder saw, and the encoder's keys.
+
+    Made by ``Cache(config)``. Token verbs act on the decoder's part, row verbs on both.
+    """
+
+    def __init__(self, config: PreTrainedConfig, recipe: str | Recipe = "") -> None:
+        parsed = recipes.parse(recipe)
+        specs = layer_specs(config)
+        self._init_groups(
+            config,
+            parsed,
+            [kinds.build(spec, parsed) for spec in specs],
+            [kinds.CrossLayer() for _ in specs],
+        )
+
+    def _init_groups(
+        self,
+        config: PreTrainedConfig,
+        recipe: Recipe,
+        own: list[CacheLayer],
+        cross: list[CacheLayer],
+    ) -> None:
+        self._init_state(config, recipe, own)
+        self._init_pair(Cache._of(config, recipe, own), Cache._of(config, recipe, cross))
+        self._note_encoded()
+
+    def _note_encoded(self) -> None:
+        """Tell the models' code which cross layers are filled."""
+        cross = self.cross_attention_cache.layers
+        self.is_updated = {index: layer.batch_size > 0 for index, layer in enumerate(cross)}
+
+    @property
+    def _all_layers(self) -> Iterable[CacheLayer]:
+        return [*self.layers, *self.cross_attention_cache.layers]
+
+    def _groups(self) -> list[list[CacheLayer]]:
+        return [self.layers, self.cross_attention_cache.layers]
+
+    def _like(self, groups: list[list[CacheLayer]]) -> "Cache":
+        other = object.__new__(EncoderDecoderCache)
+        other._init_groups(self.config, self.recipe, groups[0], groups[1])
+        return other
+
+    def reset(self) -> None:
+        super().reset()
+        self._note_encoded()
+
+    def _load_state(self, state: CacheState) -> None:
+        super()._load_state(state)
+        self._note_encoded()
+
+    def report(self) -> Report:
+        return report(
+            groups={"decoder": self.layers, "encoder": self.cross_attention_cache.layers},
+            title=f"{decoder_config(self.config).model_type} · {self.recipe}",
+            num_tokens=self.num_tokens,
+            num_known_tokens=self.num_known_tokens,
+        )

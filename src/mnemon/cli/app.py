@@ -1,0 +1,104 @@
+"""The `mnemon` command: one table of commands, each in its own file, imported when it runs.
+
+Exit codes: 0 done; 1 an error with a message; 2 wrong usage; 3 it ran and the answer is no (a plan
+that does not fit, tokens that differ); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
+
+from mnemon.cli import output
+
+if TYPE_CHECKING:
+    import typer
+
+# Command -> (module with a function `command`, the line that `mnemon --help` shows).
+COMMANDS = {
+    "demo": ("mnemon.cli.demo", "A real model, a real text, every cache: a table and report.html."),
+    "generate": ("mnemon.cli.generate", "Generate text with any cache; save and load it."),
+    "chat": ("mnemon.cli.chat", "Talk to a model over several turns; its cache is kept and saved."),
+    "plan": ("mnemon.cli.plan", "Which recipes fit in memory, before anything is loaded."),
+    "inspect": ("mnemon.cli.inspect", "What a saved cache holds."),
+    "bench": ("mnemon.cli.bench", "Speed and memory against transformers' own caches."),
+}
+EPILOGUE = (
+    "Exit codes: 0 done; 1 an error, with a message; 2 wrong usage; 3 it ran and the answer is no "
+    "(does not fit, tokens differ); 130 interrupted. Every command takes --json. MODEL is a Hub "
+    "name, a folder, or nothing for the bundled model."
+)
+
+
+def build(*needed: str) -> typer.Typer:
+    """Build the typer application.
+
+    Args:
+        needed: commands to import in full; the others are only listed with their help line.
+    """
+    import typer
+
+    app = typer.Typer(
+        name="mnemon",
+        help="Caches that transformers keep between two forward passes: run, measure, plan.",
+        epilog=EPILOGUE,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def main_options(
+        version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+    ) -> None:
+        if version:
+            from importlib.metadata import PackageNotFoundError
+            from importlib.metadata import version as installed
+
+            try:
+                print(f"mnemon {installed('mnemon')}")
+            except PackageNotFoundError:
+                print("mnemon (not installed: running from source)")
+            raise typer.Exit()
+
+    app.callback(invoke_without_command=True)(main_options)
+    for name, (module, summary) in COMMANDS.items():
+        if name in needed:
+            app.command(name)(output.guarded(import_module(module).command))
+        else:
+            app.command(name, help=summary)(_not_imported)
+    return app
+
+
+def _not_imported() -> NoReturn:
+    raise AssertionError("a command ran without being imported")
+
+
+def _needed(arguments: list[str]) -> tuple[str, ...]:
+    """The commands this call runs: all of them when a shell asks for completions."""
+    if "_MNEMON_COMPLETE" in os.environ:
+        return tuple(COMMANDS)
+    return tuple(word for word in arguments[:1] if word in COMMANDS)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        arguments: the words after `mnemon`; None takes them from the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["plan"] and "_MNEMON_COMPLETE" not in os.environ:
+        from mnemon.cli import plan_table
+
+        # Importing typer alone takes 90 ms of the 150 that plan may; a well-formed plan needs none.
+        options = plan_table.quick_parse(arguments[1:])
+        if options is not None:
+            sys.exit(output.guarded(plan_table.run)(**options._asdict()))
+    build(*_needed(arguments))(args=arguments, prog_name="mnemon")
+    raise AssertionError("typer exits by itself")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What `mnemon demo` sets side by side: transformers' caches and every recipe that works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["Contender", "contenders", "held_bytes", "stored_bytes"]
+
+REFERENCE = "DynamicCache"  # the cache that everything else is compared with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One cache in the comparison.
+
+    Args:
+        name: as the tables show it.
+        library: "transformers" or "mnemon".
+        make: from the number of tokens it must hold to an empty cache.
+        attached: whether `mnemon.attach` is in force while it runs.
+    """
+
+    name: str
+    library: str
+    make: Callable[[int], Any]
+    attached: bool = False
+
+    def session(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        """What must be open around a forward pass with this cache."""
+        if not self.attached:
+            return nullcontext()
+        import mnemon
+
+        session: AbstractContextManager[Any] = mnemon.attach(model)
+        return session
+
+
+def contenders(model: PreTrainedModel) -> list[Contender]:
+    """Every cache that can be tried here, transformers' dynamic one (the reference) first."""
+    return [*_transformers_caches(model.config), *_recipes(model.config)]
+
+
+def _transformers_caches(config: Any) -> Iterator[Contender]:
+    from transformers import DynamicCache, QuantizedCache, StaticCache
+
+    yield Contender(
+        name=REFERENCE, library="transformers", make=lambda tokens: DynamicCache(config=config)
+    )
+    yield Contender(
+        name="StaticCache",
+        library="transformers",
+        make=lambda tokens: StaticCache(config=config, max_cache_len=tokens),
+    )
+    yield Contender(
+        name="QuantizedCache fp8",
+        library="transformers",
+        make=lambda tokens: QuantizedCache("fp8", config),
+    )
+    # hqq groups along the last axis only; quanto's own default is right for quanto.
+    for package, backend, options in (
+        ("optimum.quanto", "quanto", {}),
+        ("hqq", "hqq", {"axis_key": 1, "axis_value": 1}),
+    ):
+        if _installed(package):
+
+            def make(tokens: int, backend: str = backend, options: Any = options) -> Any:
+                return QuantizedCache(backend, config, nbits=4, **options)
+
+            yield Contender(name=f"QuantizedCache {backend}-4", library="transformers", make=make)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name is missing
+        return False
+
+
+def _recipes(config: Any) -> Iterator[Contender]:
+    import mnemon
+    from mnemon import recipe
+
+    for usage in recipe.available():
+        # "static(4096)" is an example: the demo sizes it to what each run needs.
+        sized = recipe.parse(usage).static_tokens is not None
+        for attached in (False, True):
+
+            def make(tokens: int, usage: str = usage, sized: bool = sized) -> Any:
+                return mnemon.Cache(config, f"static({tokens})" if sized else usage)
+
+            yield Contender(
+                name=("static" if sized else usage) + (" + attach" if attached else ""),
+                library="mnemon",
+                make=make,
+                attached=attached,
+            )
+
+
+def stored_bytes(cache: Any) -> int:
+    """Bytes that the tokens held now take, without reserve, in any cache of either library."""
+    import mnemon
+
+    if isinstance(cache, mnemon.Cache):
+        return int(cache.nbytes)
+    held = held_bytes(cache)
+    # A static layer owns its whole buffer from the start; what counts is the filled part.
+    for layer in cache.layers:
+        if type(layer).__name__.startswith("Static"):
+            num_slots = int(layer.keys.shape[-2])
+            unused = num_slots - min(int(layer.get_seq_length()), num_slots)
+            held -= unused * (layer.keys.nbytes + layer.values.nbytes) // num_slots
+    return held
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of all buffers that a cache holds, reserve included, each storage counted once."""
+    storages = {}
+    for tensor in _tensors(cache.layers, set()):
+        storage = tensor.untyped_storage()
+        storages[(str(tensor.device), storage.data_ptr())] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Plain tensors anywhere inside a cache; packed ones (quanto) are opened."""
+    import torch
+
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        inner = getattr(value, "__tensor_flatten__", None)
+        if type(value) is not torch.Tensor and inner is not None:
+            for name in inner()[0]:
+                yield from _tensors(getattr(value, name), seen)
+        else:
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif type(value).__module__.startswith(("transformers.", "mnemon.")):
+        yield from _tensors(getattr(value, "__dict__", {}), seen)

@@ -1,0 +1,356 @@
+"""The measurements behind `mnemon demo`: nothing here is printed, and nothing is assumed.
+
+Sides take turns: every round runs every cache once, and each figure is the median of the rounds,
+so that a machine that speeds up or slows down does not favour whoever ran at the right moment.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from mnemon.cli import trial
+from mnemon.cli.contenders import REFERENCE, Contender, contenders, held_bytes, stored_bytes
+from mnemon.cli.demo_result import DemoResult, FedTwice, Reuse, Row, SpeedPoint
+from mnemon.cli.environment import environment
+from mnemon.cli.models import LoadedModel
+from mnemon.cli.sources import InputError, Source, context_limit, encode
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DemoOptions", "run"]
+
+ROUNDS = 3
+SCORED_TOKENS = 256
+SWEEP_NEW = 24
+REUSE_TAIL = 32
+TWICE_PROMPT, TWICE_NEW = 32, 12
+MIN_CONTEXT = 64
+
+Advance = Callable[[str], None]  # called before each piece of work with what it is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """What the demo is asked to do."""
+
+    context: int
+    num_new: int
+    rounds: int = ROUNDS
+
+
+class Demo:
+    """One run: the model, the text, the contenders, and the rows that fill up."""
+
+    def __init__(self, loaded: LoadedModel, source: Source, options: DemoOptions) -> None:
+        import torch
+
+        self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
+        self.source, self.options = source, options
+        self.notes: list[str] = []
+        self.num_new = options.num_new
+        ids = encode(self.tokenizer, source.text)
+        self.limit = context_limit(self.model.config)
+        self.context = self._context(len(ids))
+        self.ids = torch.tensor([ids], device=self.model.device)
+        self.contenders = contenders(self.model)
+        self.rows = {
+            each.name: Row(name=each.name, library=each.library) for each in self.contenders
+        }
+
+    def _context(self, num_ids: int) -> int:
+        """Tokens of the prompt: as asked, or fewer where the text or the model is shorter."""
+        reserve = max(self.num_new, SCORED_TOKENS)
+        most = num_ids - reserve
+        if self.limit is not None:
+            most = min(most, self.limit - reserve)
+        if most < MIN_CONTEXT:
+            raise InputError(
+                f"{self.source.name} gives {num_ids:,} tokens"
+                + (f" and the model takes {self.limit:,}" if self.limit else "")
+                + f"; the demo needs at least {MIN_CONTEXT + reserve:,} "
+                f"({MIN_CONTEXT} of prompt and {reserve} to compare). Use a longer --file, "
+                "fewer --new-tokens, or another model."
+            )
+        if self.options.context > most:
+            self.notes.append(
+                f"The context was shortened from {self.options.context:,} to {most:,} tokens: "
+                "that is what the text and the model leave."
+            )
+        return min(self.options.context, most)
+
+    @property
+    def able(self) -> list[Contender]:
+        """The contenders that have not failed."""
+        return [each for each in self.contenders if not self.rows[each.name].error]
+
+    def sweep_contexts(self) -> list[int]:
+        """Shorter and longer contexts than the main one, for the chart of speed."""
+        longest = self.ids.shape[1] - SWEEP_NEW
+        if self.limit is not None:
+            longest = min(longest, self.limit - SWEEP_NEW)
+        wanted = {self.context // 8, self.context // 2, min(2 * self.context, longest)}
+        return sorted(context for context in wanted if context >= 32 and context != self.context)
+
+    def attempt(self, each: Contender, work: Callable[..., None], *arguments: Any) -> None:
+        """Do one contender's work; what this cache cannot do with this model goes in its row."""
+        try:
+            with each.session(self.model):
+                work(each, *arguments)
+        except Exception as error:  # any cache may fail in its own way; the others go on
+            if each.name == REFERENCE:
+                raise
+            lines = str(error).strip().splitlines() or [""]
+            self.rows[each.name].error = f"{type(error).__name__}: {lines[0]}"
+
+    def main_rounds(self, advance: Advance) -> None:
+        """Fill speed, memory, size and text of every row."""
+        prompt = self.ids[:, : self.context]
+        trials: dict[str, list[trial.Trial]] = {each.name: [] for each in self.contenders}
+
+        def once(each: Contender, first: bool) -> None:
+            row = self.rows[each.name]
+            if first:  # untimed: it warms up and measures memory
+                with trial.PeakMemory(self.model.device) as peak:
+                    cache = each.make(self.context + self.num_new)
+                    measured = trial.generate(self.model, prompt, cache, self.num_new)
+                row.peak_bytes = peak.bytes
+                row.tokens = measured.tokens
+                row.text = str(self.tokenizer.decode(measured.tokens))
+                held = self.context + self.num_new - 1  # the last token is never fed back
+                row.bytes_per_token = stored_bytes(cache) / held
+                row.held_bytes = held_bytes(cache)
+            else:
+                cache = each.make(self.context + self.num_new)
+                trials[each.name].append(trial.generate(self.model, prompt, cache, self.num_new))
+
+        for round_ in range(self.options.rounds + 1):
+            for each in self.able:
+                advance(f"generate: {each.name}")
+                self.attempt(each, once, round_ == 0)
+        for each in self.able:
+            row, runs = self.rows[each.name], trials[each.name]
+            row.tokens_per_s = 1 / median(median(run.step_s) for run in runs)
+            row.first_token_s = median(run.first_token_s for run in runs)
+            wanted = self.rows[REFERENCE].tokens
+            same = sum(a == b for a, b in zip(row.tokens, wanted, strict=True))
+            row.agreement = same / len(wanted)
+
+    def scores(self, advance: Advance) -> None:
+        """Feed the same text through every cache: bits per byte and the logits' difference."""
+        ids = self.ids[:, : self.context + SCORED_TOKENS]
+        scored = str(self.tokenizer.decode(ids[0, self.context :]))
+        num_bytes = len(scored.encode())
+        reference: list[torch.Tensor] = []
+
+        def once(each: Contender) -> None:
+            cache = each.make(ids.shape[1])
+            result = trial.score(self.model, ids, cache, self.context)
+            if not reference:
+                reference.append(result.logits)
+            row = self.rows[each.name]
+            row.logit_difference = float((result.logits - reference[0]).abs().mean())
+            row.bits_per_byte = result.nll / 0.6931471805599453 / num_bytes
+
+        for each in self.able:
+            advance(f"score a text: {each.name}")
+            self.attempt(each, once)
+
+    def sweep(self, advance: Advance) -> list[SpeedPoint]:
+        """Speed against context."""
+        points = [
+            SpeedPoint(
+                name=row.name,
+                context=self.context,
+                tokens_per_s=row.tokens_per_s,
+                first_token_s=row.first_token_s,
+            )
+            for row in self.rows.values()
+            if row.tokens_per_s is not None and row.first_token_s is not None and not row.error
+        ]
+
+        def once(each: Contender, context: int) -> None:
+            cache = each.make(context + SWEEP_NEW)
+            run = trial.generate(self.model, self.ids[:, :context], cache, SWEEP_NEW)
+            points.append(
+                SpeedPoint(
+                    name=each.name,
+                    context=context,
+                    tokens_per_s=1 / median(run.step_s),
+                    first_token_s=run.first_token_s,
+                )
+            )
+
+        for context in self.sweep_contexts():
+            for each in self.able:
+                advance(f"{context:,} tokens of context: {each.name}")
+                self.attempt(each, once, context)
+        return sorted(points, key=lambda point: point.context)
+
+    def reuse(self, advance: Advance) -> Reuse:
+        """Time to the first token of a long prompt: fresh, kept in memory, loaded from a file."""
+        import mnemon
+
+        shared = self.context
+        prompt = self.ids[:, : shared + REUSE_TAIL]
+        fresh: list[trial.Trial] = []
+        kept: list[trial.Trial] = []
+        loaded: list[trial.Trial] = []
+        with mnemon.attach(self.model), tempfile.TemporaryDirectory(prefix="mnemon-") as folder:
+            advance("prefix reuse: compute and save the prompt")
+            saved = mnemon.Cache(self.model.config)
+            mnemon.prefill(self.model, prompt[:, :shared], saved)
+            num_reused = saved.common_prefix(prompt.cpu())
+            path = Path(folder) / "prompt.safetensors"
+            start = time.perf_counter()
+            saved.save(path)
+            save_s = time.perf_counter() - start
+            for _ in range(self.options.rounds):
+                advance("prefix reuse: fresh, kept, loaded")
+                cache = mnemon.Cache(self.model.config)
+                fresh.append(trial.generate(self.model, prompt, cache, SWEEP_NEW))
+                kept.append(trial.generate(self.model, prompt, saved.fork(), SWEEP_NEW))
+                start = time.perf_counter()
+                cache = mnemon.load_cache(path, self.model)
+                load_s = time.perf_counter() - start
+                run = trial.generate(self.model, prompt, cache, SWEEP_NEW)
+                loaded.append(
+                    trial.Trial(
+                        tokens=run.tokens,
+                        first_token_s=load_s + run.first_token_s,
+                        step_s=run.step_s,
+                    )
+                )
+            del cache  # a mapped file must be closed before Windows can delete it
+            size = path.stat().st_size
+        runs = [*fresh, *kept, *loaded]
+        return Reuse(
+            num_prompt=prompt.shape[1],
+            num_shared=shared,
+            num_reused=num_reused,
+            fresh_s=[run.first_token_s for run in fresh],
+            kept_s=[run.first_token_s for run in kept],
+            loaded_s=[run.first_token_s for run in loaded],
+            file_bytes=size,
+            save_s=save_s,
+            same_tokens=all(run.tokens == runs[0].tokens for run in runs),
+        )
+
+    def fed_twice(self, advance: Advance) -> list[FedTwice]:
+        """Give `generate` a prompt that the cache already holds, in both libraries."""
+        advance("a prompt that is already cached")
+        ids = self.ids[:, :TWICE_PROMPT]
+        reference, *rest = self.contenders
+        ours = next(each for each in rest if each.attached)
+        right = trial.generate(
+            self.model, ids, reference.make(TWICE_PROMPT + TWICE_NEW), TWICE_NEW
+        ).tokens
+        results = []
+        for each in (reference, ours):
+            error, tokens, num_held = "", list[int](), 0
+            try:
+                with each.session(self.model):
+                    cache = each.make(TWICE_PROMPT + TWICE_NEW)
+                    trial.generate(self.model, ids, cache, 1)  # now it holds the prompt
+                    tokens = trial.generate(self.model, ids, cache, TWICE_NEW).tokens
+                    num_held = int(cache.get_seq_length())
+            except Exception as raised:  # whatever happens is the result
+                error = f"{type(raised).__name__}: {raised}"
+            results.append(
+                FedTwice(
+                    name=each.name,
+                    num_prompt=TWICE_PROMPT,
+                    num_held=num_held,
+                    num_right=TWICE_PROMPT + TWICE_NEW - 1,
+                    text=str(self.tokenizer.decode(tokens)),
+                    right_text=str(self.tokenizer.decode(right)),
+                    same=tokens == right,
+                    error=error,
+                )
+            )
+        return results
+
+    def num_pieces(self) -> int:
+        """How often `advance` is called, for the progress bar."""
+        per_cache = self.options.rounds + 2 + len(self.sweep_contexts())
+        return per_cache * len(self.contenders) + self.options.rounds + 2
+
+
+def run(
+    loaded: LoadedModel,
+    source: Source,
+    options: DemoOptions,
+    *,
+    progress: Callable[[int], Advance] | None = None,
+) -> DemoResult:
+    """Measure everything the demo shows.
+
+    Args:
+        loaded: a decoder-only model and its tokenizer.
+        source: the text; its first tokens are the prompt.
+        options: context, new tokens, rounds.
+        progress: given the number of pieces of work, returns what is called before each of them.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        InputError: the text or the model is too short for the comparison.
+    """
+    import torch
+
+    start = time.perf_counter()
+    if loaded.model.config.is_encoder_decoder:
+        raise InputError(
+            f"{loaded.name} is an encoder-decoder model; the demo continues a text and needs a "
+            "decoder-only one. `mnemon generate` and `mnemon bench` take both."
+        )
+    demo = Demo(loaded, source, options)
+    advance = progress(demo.num_pieces()) if progress else (lambda what: None)
+    with torch.inference_mode(False), torch.no_grad():
+        demo.main_rounds(advance)
+        demo.scores(advance)
+        speed = demo.sweep(advance)
+        reuse = demo.reuse(advance)
+        fed_twice = demo.fed_twice(advance)
+    prompt_end = str(demo.tokenizer.decode(demo.ids[0, demo.context - 60 : demo.context]))
+    return DemoResult(
+        model=describe_model(loaded),
+        source={"name": source.name, "tokens": demo.ids.shape[1], "characters": len(source.text)},
+        settings={
+            "context": demo.context,
+            "new_tokens": demo.num_new,
+            "rounds": options.rounds,
+            "scored_tokens": SCORED_TOKENS,
+            "limit": demo.limit,
+        },
+        environment=environment(),
+        rows=list(demo.rows.values()),
+        speed=speed,
+        reuse=reuse,
+        fed_twice=fed_twice,
+        prompt_end=prompt_end,
+        notes=demo.notes,
+        elapsed_s=time.perf_counter() - start,
+    )
+
+
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
+    """The model in one line's worth of facts."""
+    config = loaded.model.config.get_text_config(decoder=True)
+    return {
+        "name": loaded.name,
+        "architecture": type(loaded.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "layers": getattr(config, "num_hidden_layers", None),
+        "kv_heads": getattr(config, "num_key_value_heads", None),
+        "head_dim": getattr(config, "head_dim", None),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device),
+    }

@@ -1,0 +1,152 @@
+"""What all commands share: exit codes, sizes as people write them, tables, JSON and errors.
+
+No torch, rich or typer at import: `mnemon plan` must answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+EXIT_OK = 0
+EXIT_ERROR = 1  # a MnemonError: the message says what to do
+EXIT_USAGE = 2  # the command line itself is wrong
+EXIT_NO = 3  # it ran, and the answer is no: does not fit, tokens differ
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
+
+_SCALE = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
+_DECIMAL_SCALE = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.ASCII | re.IGNORECASE)
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([km]?)", re.ASCII | re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size: "24GiB", "24G" (the same), "24GB" (decimal), "1.5t", "4096".
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = _SIZE.fullmatch(text.strip().replace("_", ""))
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write bytes, or 512MiB, 24GiB, 24GB")
+    number, unit, suffix = match[1], match[2].lower(), (match[3] or "").lower()
+    if not unit and suffix == "ib":
+        raise ValueError(f"{text!r} is not a size; write bytes, or 512MiB, 24GiB, 24GB")
+    return _scaled(number, _DECIMAL_SCALE[unit] if unit and suffix == "b" else _SCALE[unit])
+
+
+def parse_count(text: str) -> int:
+    """Read a number of tokens: "128k" (131,072), "1M" (1,048,576), "4096".
+
+    Raises:
+        ValueError: not a positive whole number.
+    """
+    match = _COUNT.fullmatch(text.strip().replace("_", "").replace(",", ""))
+    count = _scaled(match[1], _SCALE[match[2].lower()]) if match else 0
+    if count < 1:
+        raise ValueError(f"{text!r} is not a number of tokens; write 4096, 32k or 1M")
+    return count
+
+
+def _scaled(number: str, scale: int) -> int:
+    # Whole numbers stay integers: a float would round above 2**53.
+    return int(number) * scale if "." not in number else round(float(number) * scale)
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Write a size with three or four digits and a binary unit: "1.50 GiB", "960 B"."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    if unit == "B":
+        return f"{size:.0f} B"
+    return f"{size:.2f} {unit}" if abs(size) < 100 else f"{size:,.0f} {unit}"
+
+
+def format_count(count: float) -> str:
+    """Write a whole number with thousands separators."""
+    return f"{count:,.0f}"
+
+
+def format_context(num_tokens: int) -> str:
+    """Write a context length as people do: "32k" for 32,768, "1,000" for 1,000."""
+    if num_tokens >= 1024 and num_tokens % 1024 == 0:
+        return f"{num_tokens // 1024:,}k"
+    return f"{num_tokens:,}"
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on standard output."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def print_error(error: BaseException, *, as_json: bool) -> None:
+    """Say what went wrong without a traceback: on stderr, or as a JSON object on stdout."""
+    message = str(error)
+    if as_json:
+        print_json({"error": {"type": type(error).__name__, "message": message}})
+    else:
+        print(f"{paint('error:', 'red', sys.stderr)} {message}", file=sys.stderr)
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command so that a MnemonError becomes a short message and an exit code.
+
+    A command that takes `as_json` gets its errors as JSON too.
+    """
+    from functools import wraps
+
+    from mnemon.errors import MnemonError
+
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except MnemonError as error:
+            print_error(error, as_json=bool(kwargs.get("as_json")))
+            sys.exit(EXIT_ERROR)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+
+    return command
+
+
+_COLOURS = {"red": "31", "green": "32", "bold": "1", "dim": "2"}
+
+
+def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
+    """Colour `text` where the stream is a terminal and NO_COLOR is not set."""
+    stream = stream or sys.stdout
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Draw a table without rich, whose import alone takes a third of `mnemon plan`'s time.
+
+    Args:
+        header: column titles.
+        rows: cells, already formatted.
+        left: how many columns, from the first, align left; the others hold numbers.
+    """
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        words = (
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(words).rstrip()
+
+    rule = "  ".join("─" * width for width in widths)
+    body = [line(row) for row in rows]
+    return "\n".join([paint(line(header), "bold"), paint(rule, "dim"), *body])

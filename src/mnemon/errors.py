@@ -1,0 +1,108 @@
+"""One tree of errors. Every message says what came, what was expected and what to do.
+
+    MnemonError
+    ├── RecipeError             a recipe that cannot be parsed, or that asks for what is not there
+    ├── CacheError              a cache verb that cannot be carried out; the cache is unchanged
+    │   ├── UnsupportedVerb     this kind of layer cannot do that, ever (documented per layer)
+    │   ├── CapacityError       a preallocated cache is full
+    │   └── PrefixMismatch      the cache holds other tokens than the prompt
+    ├── FileError               a cache file that cannot be used
+    │   ├── NotACacheFile       something else (missing, empty, text, model weights, a directory)
+    │   ├── UnsafeFile          pickle or zip: never opened, it could run code
+    │   ├── TruncatedFile       the end is missing
+    │   ├── DamagedFile         bits differ from what was written
+    │   ├── NewerVersion        written by a newer mnemon
+    │   └── WrongModel          written for another model, other weights or another dtype
+    ├── ModelError              a model or a config that cannot be loaded or served
+    ├── PlanError               a config whose cache cannot be computed in advance
+    ├── ZooError                the bundled model, its data or its training
+    └── DependencyError         an optional package is missing; the message names the install command
+"""
+
+__all__ = [
+    "CacheError",
+    "CapacityError",
+    "DamagedFile",
+    "DependencyError",
+    "FileError",
+    "MnemonError",
+    "ModelError",
+    "NewerVersion",
+    "NotACacheFile",
+    "PlanError",
+    "PrefixMismatch",
+    "RecipeError",
+    "TruncatedFile",
+    "UnsafeFile",
+    "UnsupportedVerb",
+    "WrongModel",
+    "ZooError",
+]
+
+
+class MnemonError(Exception):
+    """Base of everything mnemon raises on purpose."""
+
+
+class RecipeError(MnemonError, ValueError):
+    """A recipe cannot be parsed, combines what cannot be combined, or names what is not there."""
+
+
+class CacheError(MnemonError, RuntimeError):
+    """A verb of a cache or of a cache layer cannot be carried out."""
+
+
+class UnsupportedVerb(CacheError):
+    """This kind of layer cannot carry out this verb; its docstring says so."""
+
+
+class CapacityError(CacheError):
+    """More tokens than a preallocated cache was made for."""
+
+
+class PrefixMismatch(CacheError):
+    """The cache holds tokens that the prompt does not begin with."""
+
+
+class FileError(MnemonError, OSError):
+    """A cache file cannot be read or written."""
+
+
+class NotACacheFile(FileError):
+    """The path does not hold a mnemon cache."""
+
+
+class UnsafeFile(FileError):
+    """A pickle or zip: refused without being opened."""
+
+
+class TruncatedFile(FileError):
+    """The file ends before its header says it should."""
+
+
+class DamagedFile(FileError):
+    """The bytes are not those that were written."""
+
+
+class NewerVersion(FileError):
+    """The file's format is newer than this mnemon understands."""
+
+
+class WrongModel(FileError):
+    """The cache was computed by another model, with other weights, or in another dtype."""
+
+
+class ModelError(MnemonError, ValueError):
+    """A model or a config cannot be loaded, or its cache cannot be built."""
+
+
+class PlanError(MnemonError, ValueError):
+    """The bytes of a config's cache cannot be computed in advance."""
+
+
+class ZooError(MnemonError, RuntimeError):
+    """The bundled model, its data or its training failed."""
+
+
+class DependencyError(MnemonError, ImportError):
+    """An optional package is missing."""

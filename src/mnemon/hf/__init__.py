@@ -1,0 +1,1 @@
+"""What transformers calls things: the one room that knows its moving surface."""

@@ -1,0 +1,99 @@
+"""From a transformers config to what every decoder layer keeps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+
+from mnemon.errors import ModelError
+
+__all__ = ["LayerSpec", "decoder_config", "is_encoder_decoder", "layer_specs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """What one decoder layer keeps.
+
+    Args:
+        attends: keeps keys and values.
+        window: tokens that a query sees, itself included; None for all.
+        num_states: pairs of convolution and recurrent states beside them.
+        indexed: keeps indexer keys (dynamic sparse attention).
+        foreign: makes a layer of a class that lives in a modeling file of transformers, for layer
+            types that only that model knows.
+    """
+
+    attends: bool = True
+    window: int | None = None
+    num_states: int = 0
+    indexed: bool = False
+    foreign: Callable[[], Any] | None = None
+
+    @property
+    def keeps_nothing(self) -> bool:
+        return not self.attends and not self.num_states and self.foreign is None
+
+
+def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of `config` that describes the text decoder.
+
+    Raises:
+        ModelError: not a transformers config.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        raise ModelError(
+            f"mnemon.Cache takes a transformers config (model.config); got {type(config).__name__}."
+        )
+    return config.get_text_config(decoder=True)
+
+
+def is_encoder_decoder(config: PreTrainedConfig) -> bool:
+    """Whether the decoder also attends to an encoder whose keys are kept."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
+    """What each decoder layer of `config` keeps, in layer order.
+
+    Raises:
+        ModelError: not a config, or a layer type that nobody knows.
+    """
+    decoder = decoder_config(config)
+    try:
+        types, options = get_layer_types_and_kwargs(decoder)
+    except (AttributeError, TypeError) as error:
+        raise ModelError(
+            f"Cannot tell what the layers of a {decoder.model_type!r} model keep ({error}); "
+            f"pass the config of a model that generates text."
+        ) from error
+    return [_spec(name, kwargs, decoder) for name, kwargs in zip(types, options, strict=True)]
+
+
+def _spec(name: str, options: dict[str, Any], decoder: PreTrainedConfig) -> LayerSpec:
+    window = options.get("sliding_window")
+    num_states = options.get("number_of_states", 1)
+    match name:
+        case "full_attention":
+            return LayerSpec()
+        case "sliding_attention" | "chunked_attention":
+            return LayerSpec(window=window)
+        case "indexed_attention":
+            return LayerSpec(indexed=True)
+        case "conv" | "linear_attention":
+            return LayerSpec(attends=False, num_states=num_states)
+        case "hybrid":
+            return LayerSpec(num_states=num_states)
+        case "hybrid_sliding":
+            return LayerSpec(window=window, num_states=num_states)
+        case "dummy":
+            return LayerSpec(attends=False)
+    # Layer types that a modeling file registers when it is imported, with a class of its own.
+    known = DYNAMIC_LAYER_TYPE_MAPPING.get(name)
+    if known is None:
+        raise ModelError(
+            f"Layer type {name!r} of a {decoder.model_type!r} model is unknown to this version of "
+            f"transformers and to mnemon; load the model first if it registers its own layers."
+        )
+    return LayerSpec(window=window, foreign=lambda: known(**options))

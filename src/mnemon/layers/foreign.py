@@ -1,0 +1,205 @@
+"""A cache layer of a class that only one model of transformers knows."""
+
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, final
+
+import torch
+
+from mnemon.errors import CacheError, UnsupportedVerb
+from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
+
+__all__ = ["ForeignLayer"]
+
+
+@final
+class ForeignLayer(CacheLayer):
+    """Wraps a layer object of transformers (DeepSeek V4's compressors, MiniMax M3's sparse layers).
+
+    The model reads and sets the wrapped object's own attributes through this one. Row verbs act
+    on every tensor it holds; `crop` works where its class knows how to take back all it holds;
+    `keep` and `merge` raise `UnsupportedVerb`.
+
+    Args:
+        make: makes an empty wrapped layer.
+    """
+
+    kind = "foreign"
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._inner = make()
+        self.is_sliding = bool(getattr(self._inner, "is_sliding", False))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "_inner" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        result: tuple[torch.Tensor, torch.Tensor] = self._inner.update(keys, values)
+        return result
+
+    def update_indexer(self, indexer_keys: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self._inner.update_indexer(indexer_keys)
+        return result
+
+    def view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self._inner.keys is None:
+            return None
+        return self._inner.keys, self._inner.values
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._inner.get_seq_length())
+
+    @property
+    def num_stored(self) -> int:
+        keys = self._inner.keys
+        return 0 if keys is None or keys.ndim < 4 else int(keys.shape[-2])
+
+    @property
+    def max_length(self) -> int:
+        return int(self._inner.get_max_length())
+
+    def mask_sizes(self, num_new: int) -> MaskSizes:
+        length, offset = self._inner.get_mask_sizes(num_new)
+        return int(length), int(offset)
+
+    @property
+    def is_croppable(self) -> bool:
+        # A class that adds state but inherits crop would take back the keys only.
+        adds_state = type(self._inner).__init__ is not type(self._inner).__mro__[1].__init__
+        return not adds_state or "crop" in type(self._inner).__dict__
+
+    def can_crop(self, num_tokens: int) -> bool:
+        if num_tokens == 0:
+            return True
+        return self.is_croppable and num_tokens <= self.num_tokens
+
+    def crop(self, num_tokens: int) -> None:
+        self._check_count(num_tokens)
+        if not self.can_crop(num_tokens):
+            raise CacheError(
+                f"Cannot remove {num_tokens} tokens from a {type(self._inner).__name__}: it cannot "
+                f"take back its compressed state. fork() before, or reset() and prefill again."
+            )
+        if num_tokens:
+            try:
+                self._inner.crop(-num_tokens)
+            except (RuntimeError, ValueError) as error:
+                raise CacheError(str(error)) from error
+
+    def set_recording(self, on: bool) -> None:
+        if hasattr(self._inner, "record_past"):
+            self._inner.record_past = on
+
+    @property
+    def is_recording(self) -> bool:
+        return bool(getattr(self._inner, "record_past", False))
+
+    def keep(self, indices: torch.Tensor) -> None:
+        raise UnsupportedVerb(f"A {type(self._inner).__name__} has no keep().")
+
+    def reset(self) -> None:
+        self._inner = self._make()
+
+    @property
+    def batch_size(self) -> int:
+        for _, _, tensor in _tensors(self._inner.__dict__):
+            if tensor.ndim > 1:
+                return int(tensor.shape[0])
+        return -1
+
+    def reorder(self, index: torch.Tensor) -> None:
+        batch_size = self.batch_size
+        moved: dict[int, torch.Tensor] = {}
+        for holder, name, tensor in list(_tensors(self._inner.__dict__)):
+            if tensor.ndim > 1 and tensor.shape[0] == batch_size:
+                if id(tensor) not in moved:  # two names for one tensor stay one
+                    moved[id(tensor)] = tensor.index_select(0, index.to(tensor.device))
+                holder[name] = moved[id(tensor)]
+
+    def select(self, index: torch.Tensor) -> None:
+        if self.batch_size > 0:
+            self.reorder(row_index(index, self.batch_size))
+
+    def merge(self, others: Sequence["ForeignLayer"]) -> "ForeignLayer":
+        raise UnsupportedVerb(f"Layers of class {type(self._inner).__name__} cannot be merged.")
+
+    def extract(self, row: int, num_padding: int = 0) -> "ForeignLayer":
+        if num_padding:
+            raise UnsupportedVerb(
+                f"A {type(self._inner).__name__} cannot remove the padding of a row."
+            )
+        other = self.fork()
+        other.select(torch.tensor([row]))
+        return other
+
+    def fork(self) -> "ForeignLayer":
+        # These classes concatenate and never write in place, so sharing tensors is safe.
+        other = ForeignLayer(self._make)
+        memo = {id(tensor): tensor for _, _, tensor in _tensors(self._inner.__dict__)}
+        other._inner = copy.deepcopy(self._inner, memo)
+        return other
+
+    def state(self) -> LayerState:
+        tensors, meta = {}, {}
+        for name, value in self._inner.__dict__.items():
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value
+            elif isinstance(value, dict):
+                for key, entry in value.items():
+                    if isinstance(entry, torch.Tensor):
+                        tensors[f"{name}.{key}"] = entry
+                    elif isinstance(entry, bool | int):
+                        meta[f"{name}.{key}"] = entry
+            elif isinstance(value, bool | int):
+                meta[name] = value
+        meta["class"] = type(self._inner).__name__
+        return LayerState(kind=self.kind, tensors=tensors, meta=meta)
+
+    def load_state(self, state: LayerState) -> None:
+        self._check_state(state)
+        if state.meta.get("class") != type(self._inner).__name__:
+            raise CacheError(
+                f"A saved layer of class {state.meta.get('class')!r} does not fit a "
+                f"{type(self._inner).__name__}."
+            )
+        self.reset()
+        fields = self._inner.__dict__
+        for path, value in [*state.tensors.items(), *state.meta.items()]:
+            name, _, key = path.partition(".")
+            if path == "class":
+                continue
+            if name not in fields or (key and not isinstance(fields[name], dict)):
+                raise CacheError(f"A saved {state.meta['class']} has an unknown field {path!r}.")
+            if key:
+                fields[name][key] = value
+            else:
+                fields[name] = value
+        keys = fields.get("keys")
+        if keys is not None:
+            fields["dtype"], fields["device"] = keys.dtype, keys.device
+
+    @property
+    def nbytes(self) -> int:
+        unique = {id(tensor): tensor for _, _, tensor in _tensors(self._inner.__dict__)}
+        return sum(t.numel() * t.element_size() for t in unique.values() if t.ndim > 1)
+
+    @property
+    def nbytes_reserved(self) -> int:
+        return self.nbytes
+
+
+def _tensors(
+    fields: MutableMapping[str, Any],
+) -> Iterator[tuple[MutableMapping[str, Any], str, torch.Tensor]]:
+    """Every tensor in `fields` and in the dicts it holds, with where it stands."""
+    for name, value in list(fields.items()):
+        if isinstance(value, torch.Tensor):
+            yield fields, name, value
+        elif isinstance(value, dict):
+            yield from _tensors(value)

@@ -1,0 +1,174 @@
+"""Memory of a fixed size at a fixed address, as compiled graphs want it.
+
+The length lives twice: as a Python int for whoever asks, and as a counter on the device, which is
+all that a compiled graph touches. After a compiled step the int is stale and read back on demand.
+"""
+
+from typing import final
+
+import torch
+
+from mnemon.errors import CacheError, CapacityError
+
+__all__ = ["StaticBuffer"]
+
+
+@final
+class StaticBuffer:
+    """A tensor ``[batch, ..., capacity, width]`` filled from the front; same verbs as `TokenBuffer`.
+
+    Args:
+        capacity: tokens that fit.
+    """
+
+    __slots__ = ("__weakref__", "_data", "_length", "capacity", "counter")
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._data: torch.Tensor | None = None
+        self._length: int | None = 0
+        self.counter: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        if self._length is None:
+            assert self.counter is not None
+            self._length = int(self.counter)
+        return self._length
+
+    @property
+    def is_empty(self) -> bool:
+        return self._data is None
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self._data is None else int(self._data.shape[0])
+
+    def reading_length(self, num_new: int) -> int:
+        """Attention reads the whole buffer; the mask hides what is not filled."""
+        return self.capacity
+
+    @property
+    def fixed(self) -> bool:
+        return True
+
+    def view(self) -> torch.Tensor | None:
+        """What attention reads: the whole buffer, ``[batch, ..., capacity, width]``."""
+        return self._data
+
+    def live(self) -> torch.Tensor | None:
+        """The filled part, ``[batch, ..., tokens, width]``; None before the first append."""
+        return None if self._data is None else self._data.narrow(-2, 0, len(self))
+
+    @property
+    def nbytes(self) -> int:
+        live = self.live()
+        return 0 if live is None else live.numel() * live.element_size()
+
+    @property
+    def nbytes_reserved(self) -> int:
+        return 0 if self._data is None else self._data.numel() * self._data.element_size()
+
+    def append(self, new: torch.Tensor) -> torch.Tensor:
+        """Write `new` ``[batch, ..., new, width]`` behind what is filled; return the whole buffer.
+
+        Raises:
+            CapacityError: no room (in a compiled graph torch raises its own index error).
+            CacheError: another shape or dtype.
+        """
+        if self._data is None:
+            self._allocate(new)
+        data, counter = self._data, self.counter
+        assert data is not None and counter is not None
+        num_new = new.shape[-2]
+        if torch.compiler.is_compiling():
+            positions = torch.arange(num_new, device=data.device) + counter
+            data.index_copy_(data.ndim - 2, positions, new)
+            counter.add_(num_new)
+            self._length = None
+            return data
+        if new.dtype != data.dtype or new.shape[:-2] != data.shape[:-2]:
+            raise CacheError(
+                f"The static cache holds {data.dtype} {list(data.shape)} and {new.dtype} "
+                f"{list(new.shape)} came: another batch, dtype, or another model's layer."
+            )
+        stop = len(self) + num_new
+        if stop > self.capacity:
+            raise CapacityError(
+                f"A static cache of {self.capacity} tokens holds {len(self)} and {num_new} more "
+                f"came. Use a larger static(n), or the default recipe, which grows."
+            )
+        data.narrow(-2, stop - num_new, num_new).copy_(new)
+        self._set_length(stop)
+        return data
+
+    def replace(self, content: torch.Tensor) -> None:
+        """Hold `content` ``[batch, ..., tokens, width]`` instead of what was there."""
+        if content.shape[-2] > self.capacity:
+            raise CapacityError(
+                f"{content.shape[-2]} tokens do not fit a static cache of {self.capacity}."
+            )
+        self._allocate(content)
+        assert self._data is not None
+        self._data.narrow(-2, 0, content.shape[-2]).copy_(content)
+        self._set_length(content.shape[-2])
+
+    adopt = replace
+
+    def crop(self, num_tokens: int) -> None:
+        self._set_length(len(self) - num_tokens)
+
+    def gather_rows(self, index: torch.Tensor) -> None:
+        live = self.live()
+        if live is None:
+            return
+        rows = live.index_select(0, index.to(live.device))
+        if rows.shape[0] == live.shape[0]:
+            live.copy_(rows)  # keeps the address that a compiled graph knows
+        else:
+            self.replace(rows)
+
+    def gather_tokens(self, index: torch.Tensor) -> None:
+        live = self.live()
+        if live is None:
+            return
+        index = index.to(live.device)
+        if index.ndim == 1:
+            kept = live.index_select(-2, index)
+        else:
+            kept = live.gather(-2, index.unsqueeze(-1).expand(*index.shape, live.shape[-1]))
+        live.narrow(-2, 0, kept.shape[-2]).copy_(kept)
+        self._set_length(kept.shape[-2])
+
+    def fork(self) -> "StaticBuffer":
+        """A copy: the address is part of a static buffer's contract, so nothing is shared."""
+        other = StaticBuffer(self.capacity)
+        live = self.live()
+        if live is not None:
+            other.replace(live)
+        return other
+
+    def clear(self) -> None:
+        """Forget everything; the memory and its address stay."""
+        if self._data is not None:
+            self._data.zero_()
+            self._set_length(0)
+
+    def _set_length(self, length: int) -> None:
+        assert self.counter is not None
+        self._length = length
+        self.counter.fill_(length)
+
+    def _allocate(self, like: torch.Tensor) -> None:
+        shape = (*like.shape[:-2], self.capacity, like.shape[-1])
+        compiling = torch.compiler.is_compiling()
+        # Zeros, not garbage: masked scores of NaN would poison a softmax.
+        if compiling:
+            self._data = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            self.counter = torch.zeros((), dtype=torch.int64, device=like.device)
+        else:
+            with torch.inference_mode(False):
+                self._data = torch.zeros(shape, dtype=like.dtype, device=like.device)
+                self.counter = torch.zeros((), dtype=torch.int64, device=like.device)
+            torch._dynamo.mark_static_address(self._data)
+            torch._dynamo.mark_static_address(self.counter)
+        self._length = 0

@@ -1,0 +1,237 @@
+"""The recipe language: how a cache is stored, in one line of text. Imports no torch.
+
+    recipe  = [ term { "+" term } ]            ""  is the default: dense, every token, on the device
+    term    = name [ "/" name ] [ "(" [ arg { "," arg } ] ")" ]
+    arg     = [ key "=" ] value                value: integer (4096, 4k, 1M), decimal, word
+
+At most one format and one tier; order does not matter; nothing is ever evaluated as code.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from mnemon.errors import RecipeError
+
+__all__ = ["Recipe", "Role", "Term", "available", "parse"]
+
+Value: TypeAlias = int | float | str
+MAX_LENGTH = 1000
+_WORD = r"[A-Za-z_][A-Za-z0-9_]*"
+_TERM = re.compile(rf"({_WORD}(?:/{_WORD})?)\s*(?:\(([^()]*)\))?", re.ASCII)
+_ARGUMENT = re.compile(rf"(?:({_WORD})\s*=\s*)?([A-Za-z0-9_.\-]+)", re.ASCII)
+_INTEGER = re.compile(r"(\d{1,18})([kKmMgG]?)", re.ASCII)
+_DECIMAL = re.compile(r"\d{0,18}\.\d{1,18}|\d{1,18}\.", re.ASCII)
+_SCALE = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
+
+
+class Role(Enum):
+    """What a term decides: how numbers are stored, which tokens stay, where bytes live."""
+
+    FORMAT = "format"
+    POLICY = "policy"
+    TIER = "tier"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """One row of the table of terms. `ready` is False for what the language knows but not we."""
+
+    role: Role
+    ready: bool = False
+    usage: str = ""
+
+
+# The one place that says which terms exist and which of them work today.
+_TERMS: dict[str, _Known] = {
+    "dense": _Known(role=Role.FORMAT, ready=True, usage="dense"),
+    "static": _Known(role=Role.FORMAT, ready=True, usage="static(4096)"),
+    **{name: _Known(role=Role.FORMAT) for name in ("int8", "int4", "int2", "fp8")},
+    **{
+        name: _Known(role=Role.POLICY)
+        for name in ("window", "sinks", "random", "snapkv", "h2o", "tova", "key_norm", "dmc", "dms")
+    },
+    **{name: _Known(role=Role.TIER) for name in ("host", "disk")},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One term of a recipe, e.g. ``static(4096)`` or ``sinks(n=4)``.
+
+    Args:
+        name: canonical name; ``"int4/int2"`` for a pair of formats (keys/values).
+        args: positional arguments.
+        options: keyword arguments, sorted by key.
+    """
+
+    name: str
+    args: tuple[Value, ...] = ()
+    options: tuple[tuple[str, Value], ...] = ()
+
+    def __str__(self) -> str:
+        words = [str(value) for value in self.args]
+        words += [f"{key}={value}" for key, value in self.options]
+        return f"{self.name}({', '.join(words)})" if words else self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A parsed recipe. ``str(recipe)`` is canonical: it parses to an equal recipe."""
+
+    format: Term = Term(name="dense")
+    policies: tuple[Term, ...] = ()
+    tier: Term | None = None
+
+    def __str__(self) -> str:
+        terms = [*self.policies, self.format, *([self.tier] if self.tier else [])]
+        return " + ".join(str(term) for term in terms)
+
+    @property
+    def static_tokens(self) -> int | None:
+        """Tokens that ``static(n)`` preallocates; None for a cache that grows."""
+        return int(self.format.args[0]) if self.format.name == "static" else None
+
+
+def available() -> tuple[str, ...]:
+    """Usage examples of the terms that work in this version."""
+    return tuple(known.usage for known in _TERMS.values() if known.ready)
+
+
+def parse(text: "str | Recipe | None") -> Recipe:
+    """Parse a recipe.
+
+    Args:
+        text: e.g. ``""``, ``"static(4096)"``; a `Recipe` is returned as it is.
+
+    Raises:
+        RecipeError: not a string, bad syntax, an unknown term, a term that is not there yet, two
+            formats or two tiers, wrong arguments. The message lists the valid terms.
+    """
+    if isinstance(text, Recipe):
+        return text
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
+        raise RecipeError(
+            f"A recipe is a string such as 'static(4096)' or ''; got {type(text).__name__}."
+        )
+    if len(text) > MAX_LENGTH:
+        raise RecipeError(
+            f"A recipe has at most {MAX_LENGTH} characters; got {len(text)}. {_valid()}"
+        )
+    formats: list[Term] = []
+    policies: list[Term] = []
+    tiers: list[Term] = []
+    homes = {Role.FORMAT: formats, Role.POLICY: policies, Role.TIER: tiers}
+    for term, role in _terms(text):
+        homes[role].append(term)
+    for what, terms in (("format", formats), ("tier", tiers)):
+        if len(terms) > 1:
+            names = ", ".join(str(term) for term in terms)
+            raise RecipeError(f"Recipe {text!r} names {len(terms)} {what}s ({names}); keep one.")
+    seen = [term.name for term in policies]
+    if len(set(seen)) < len(seen):
+        raise RecipeError(f"Recipe {text!r} names a policy twice; keep one of each.")
+    _check_ready([*formats, *policies, *tiers], text)
+    recipe = Recipe(
+        format=formats[0] if formats else Term(name="dense"),
+        policies=tuple(sorted(policies, key=str)),
+        tier=tiers[0] if tiers else None,
+    )
+    _check_format(recipe.format)
+    return recipe
+
+
+def _terms(text: str) -> Iterator[tuple[Term, Role]]:
+    """Terms of `text` with their roles, syntax and names checked."""
+    if not text.strip():
+        return
+    for piece in text.split("+"):
+        match = _TERM.fullmatch(piece.strip())
+        if match is None:
+            raise RecipeError(
+                f"Cannot read {piece.strip()!r} in recipe {text!r}: a term is name, name(4096) or "
+                f"name(key=value). {_valid()}"
+            )
+        name, arguments = match[1].lower(), match[2]
+        parts = name.split("/")
+        for part in parts:
+            if part not in _TERMS:
+                raise RecipeError(f"Unknown term {part!r} in recipe {text!r}. {_valid()}")
+        role = _TERMS[parts[0]].role
+        if len(parts) == 2 and any(_TERMS[part].role is not Role.FORMAT for part in parts):
+            raise RecipeError(
+                f"{name!r} in recipe {text!r} pairs what is not a format: keys/values formats are "
+                f"written like int4/int2."
+            )
+        if len(parts) == 2 and "static" in parts:
+            raise RecipeError(f"static(n) is for keys and values alike; got {name!r} in {text!r}.")
+        yield _with_arguments(name, arguments or "", text), role
+
+
+def _with_arguments(name: str, arguments: str, text: str) -> Term:
+    """A `Term` with its arguments read as numbers or words."""
+    positional: list[Value] = []
+    options: dict[str, Value] = {}
+    for piece in arguments.split(",") if arguments.strip() else ():
+        match = _ARGUMENT.fullmatch(piece.strip())
+        if match is None:
+            raise RecipeError(
+                f"Cannot read argument {piece.strip()!r} of {name!r} in recipe {text!r}: expected a "
+                f"number such as 4096 or 4k, a word, or key=value."
+            )
+        key, value = match[1], _value(match[2], text)
+        if key is None:
+            if options:
+                raise RecipeError(f"{name!r} in recipe {text!r}: plain values come before key=value.")
+            positional.append(value)
+        elif key in options:
+            raise RecipeError(f"{name!r} in recipe {text!r} gives {key!r} twice.")
+        else:
+            options[key] = value
+    return Term(name=name, args=tuple(positional), options=tuple(sorted(options.items())))
+
+
+def _value(word: str, text: str) -> Value:
+    if integer := _INTEGER.fullmatch(word):
+        return int(integer[1]) * _SCALE[integer[2].lower()]
+    if _DECIMAL.fullmatch(word):
+        return float(word)
+    if re.fullmatch(_WORD, word, re.ASCII):
+        return word
+    raise RecipeError(f"Cannot read value {word!r} in recipe {text!r}: expected a number or a word.")
+
+
+def _check_ready(terms: list[Term], text: str) -> None:
+    """The one place where what the language knows and we do not have yet is refused."""
+    for term in terms:
+        missing = [part for part in term.name.split("/") if not _TERMS[part].ready]
+        if missing:
+            raise RecipeError(
+                f"{missing[0]!r} in recipe {text!r} is part of the recipe language but not there "
+                f"yet. {_valid()}"
+            )
+
+
+def _check_format(term: Term) -> None:
+    if term.name == "dense" and (term.args or term.options):
+        raise RecipeError(f"dense takes no arguments; got {term}.")
+    if term.name == "static" and (
+        len(term.args) != 1
+        or term.options
+        or not isinstance(term.args[0], int)
+        or not 1 <= term.args[0] <= 2**40
+    ):
+        raise RecipeError(
+            f"static takes one positive number of tokens, e.g. static(4096); got {term}."
+        )
+    if "/" in term.name:
+        raise RecipeError(f"Format pairs are not there yet; got {term}. {_valid()}")
+
+
+def _valid() -> str:
+    later = ", ".join(name for name, known in _TERMS.items() if not known.ready)
+    return f"Valid terms: {', '.join(available())}; '' is the default (later: {later})."

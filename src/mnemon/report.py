@@ -1,0 +1,128 @@
+"""What a cache holds, as a table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from mnemon.layers.base import CacheLayer
+
+__all__ = ["Report", "ReportRow", "report"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportRow:
+    """Layers that hold the same: their kind, how many, and what one of them keeps.
+
+    Args:
+        part: ``decoder`` or ``encoder``.
+        kind: kind of layer.
+        layers: how many.
+        num_stored: tokens kept per layer.
+        dtype: dtype of the keys, or empty.
+        nbytes: bytes stored, all of these layers.
+        nbytes_reserved: bytes allocated, all of these layers.
+    """
+
+    part: str
+    kind: str
+    layers: int
+    num_stored: int
+    dtype: str
+    nbytes: int
+    nbytes_reserved: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A cache's content: print it, or take ``to_dict()`` for JSON."""
+
+    title: str
+    num_tokens: int
+    num_known_tokens: int
+    rows: tuple[ReportRow, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def nbytes_reserved(self) -> int:
+        return sum(row.nbytes_reserved for row in self.rows)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-able."""
+        return {
+            "title": self.title,
+            "num_tokens": self.num_tokens,
+            "num_known_tokens": self.num_known_tokens,
+            "nbytes": self.nbytes,
+            "nbytes_reserved": self.nbytes_reserved,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        heads = ("part", "kind", "layers", "tokens kept", "dtype", "stored", "reserved")
+        cells = [
+            (
+                row.part,
+                row.kind,
+                str(row.layers),
+                str(row.num_stored),
+                row.dtype,
+                _size(row.nbytes),
+                _size(row.nbytes_reserved),
+            )
+            for row in self.rows
+        ]
+        total = ("total", "", "", "", "", _size(self.nbytes), _size(self.nbytes_reserved))
+        table = [heads, *cells, total]
+        widths = [max(len(line[column]) for line in table) for column in range(len(heads))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
+        rule = "-" * max(len(line) for line in lines)
+        unknown = self.num_tokens - self.num_known_tokens
+        known = f"{self.num_tokens} tokens seen"
+        if unknown:
+            known += f", {unknown} of them unknown: reuse is verified for the others only"
+        return "\n".join([self.title, known, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def report(
+    *,
+    groups: Mapping[str, Sequence[CacheLayer]],
+    title: str,
+    num_tokens: int,
+    num_known_tokens: int,
+) -> Report:
+    """Layers that look the same are one row."""
+    found: dict[tuple[str, str, int, str], list[CacheLayer]] = {}
+    for part, layers in groups.items():
+        for layer in layers:
+            keys = layer.keys
+            dtype = "" if keys is None else str(keys.dtype).removeprefix("torch.")
+            found.setdefault((part, layer.kind, layer.num_stored, dtype), []).append(layer)
+    rows = tuple(
+        ReportRow(
+            part=part,
+            kind=kind,
+            layers=len(layers),
+            num_stored=stored,
+            dtype=dtype,
+            nbytes=sum(layer.nbytes for layer in layers),
+            nbytes_reserved=sum(layer.nbytes_reserved for layer in layers),
+        )
+        for (part, kind, stored, dtype), layers in found.items()
+    )
+    return Report(
+        title=title, num_tokens=num_tokens, num_known_tokens=num_known_tokens, rows=rows
+    )
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
