@@ -9,6 +9,8 @@ from transformers import (
     BartForConditionalGeneration,
     JambaConfig,
     JambaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -21,18 +23,18 @@ from transformers import (
 )
 
 VOCAB = 97
-_SMALL = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 
 
 def _ready(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -72,13 +74,21 @@ def jamba() -> PreTrainedModel:
     return _ready(JambaForCausalLM(config))
 
 
+def lfm2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        **_SMALL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+    )
+    return _ready(Lfm2ForCausalLM(config))
+
+
 def bart() -> PreTrainedModel:
     torch.manual_seed(0)
     config = BartConfig(
         vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64,
         decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4,
         max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=1, forced_eos_token_id=None,
+        decoder_start_token_id=1, forced_eos_token_id=None, init_std=0.4,
     )  # fmt: skip
     return _ready(BartForConditionalGeneration(config))
 
@@ -86,10 +96,16 @@ def bart() -> PreTrainedModel:
 def llava() -> PreTrainedModel:
     """Sees images: four placeholders (id 90) each."""
     torch.manual_seed(0)
-    vision = dict(
-        model_type="clip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, image_size=8, patch_size=4, projection_dim=16,
-    )  # fmt: skip
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "projection_dim": 16,
+    }
     config = LlavaConfig(
         vision_config=vision,
         text_config={"model_type": "llama", **_SMALL},

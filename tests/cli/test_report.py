@@ -13,6 +13,7 @@ import pytest
 
 from mnemon.cli import charts, report
 from mnemon.cli.demo_result import DemoResult, FedTwice, Reuse, Row, SpeedPoint
+from mnemon.cli.wording import percent
 
 NAMES = (
     ("DynamicCache", "transformers", 40.0),
@@ -64,7 +65,7 @@ def make_result(**changes: Any) -> DemoResult:
         save_s=0.01,
         same_tokens=True,
     )
-    twice = {"num_prompt": 32, "num_right": 43, "right_text": "x = 1"}
+    twice = {"num_prompt": 32, "num_prompts": 4, "num_right": 43, "right_text": "x = 1"}
     result = DemoResult(
         model={
             "name": "tiny-stdlib",
@@ -82,6 +83,7 @@ def make_result(**changes: Any) -> DemoResult:
             "new_tokens": 64,
             "rounds": 3,
             "scored_tokens": 256,
+            "recall_samples": 8,
             "limit": 4096,
         },
         environment={"date": "2026-01-02 03:04 UTC", "command": "mnemon demo", "torch": "2.13.0"},
@@ -89,8 +91,8 @@ def make_result(**changes: Any) -> DemoResult:
         speed=speed,
         reuse=reuse,
         fed_twice=[
-            FedTwice(name="DynamicCache", num_held=75, text="y", same=False, **twice),
-            FedTwice(name="dense + attach", num_held=43, text="x = 1", same=True, **twice),
+            FedTwice(name="DynamicCache", num_held=75, text="y", num_same=1, **twice),
+            FedTwice(name="dense + attach", num_held=43, text="x = 1", num_same=4, **twice),
         ],
         prompt_end="# mnemon/cache.py",
         notes=[],
@@ -149,7 +151,7 @@ def test_page_shows_the_figures() -> None:
     assert "33\u00d7" in text  # 1.0 s computed, 0.03 s loaded
     assert "3 of 4" not in text
     assert "4 of 4" in text
-    assert "75 tokens held where 43 are right" in text
+    assert "1 of 4 answers right, without an error; 75 tokens held where 43 are right" in text
     assert "2026-01-02 03:04 UTC" in text
 
 
@@ -200,7 +202,7 @@ def test_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None
     [(1.0, "100%"), (0.0, "0%"), (0.99999, "99.9%"), (0.5, "50%"), (0.00001, "0.1%")],
 )
 def test_percent_rounds_to_the_ends_only_when_there(share: float, text: str) -> None:
-    assert report.percent(share) == text
+    assert percent(share) == text
 
 
 def test_line_chart_is_valid_svg_with_every_point() -> None:

@@ -42,10 +42,14 @@ def whole(tmp_path: Path) -> bytes:
     return path.read_bytes()
 
 
+def read_all(path: Path) -> None:
+    file = TensorFile(path)
+    file.check(*file.header.tensors)
+
+
 def refusal(path: Path) -> FileError:
     with pytest.raises(FileError) as caught:
-        file = TensorFile(path)
-        file.check(*file.header.tensors)
+        read_all(path)
     assert str(path) in str(caught.value)
     return caught.value
 
@@ -86,7 +90,7 @@ def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
     "data",
     [
         b"hello world, this is text\n" * 20,
-        b"x",
+        b"y",
         b"\n",
         "dies ist kein Cache: äöü".encode(),
         b'{"a": 1}' * 30,
@@ -168,7 +172,7 @@ def test_rewritten_by_another_program(tmp_path: Path, whole: bytes) -> None:
     with safetensors.safe_open(tmp_path / "good", "pt") as file:
         metadata = file.metadata()
     loaded = safetensors.torch.load_file(tmp_path / "good")
-    changed = {k: v for k, v in reversed(metadata.items())}
+    changed = dict(reversed(metadata.items()))
     safetensors.torch.save_file(loaded, path, changed)
     if path.read_bytes() != whole:
         assert type(refusal(path)) is DamagedFile
@@ -351,9 +355,9 @@ def test_arbitrary_bytes_are_refused(data: bytes) -> None:
 @given(st.binary(max_size=600), st.integers(0, 600), st.data())
 def test_arbitrary_splices_are_refused(splice: bytes, at: int, data: st.DataObject) -> None:
     honest = forge(lambda _: None)
-    cut = data.draw(st.integers(at, len(honest)))
+    cut = data.draw(st.integers(min(at, len(honest)), len(honest)))
     spliced = honest[:at] + splice + honest[cut:]
-    if spliced[: len(honest) - 64] != honest[:-64] or len(spliced) != len(honest):
+    if len(spliced) != len(honest) or spliced[:-64] != honest[:-64]:
         with pytest.raises(FileError):
             read_header(io.BytesIO(spliced), len(spliced))
 

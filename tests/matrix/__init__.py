@@ -1,0 +1,1 @@
+"""The matrix room: the same tokens as transformers' default cache."""

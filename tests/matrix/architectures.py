@@ -55,6 +55,9 @@ def _text(
 ) -> None:
     """A row of a text model; encoder-decoders get encoder inputs."""
 
+    if family in ("window", "hybrid", "shared", "compressed"):  # room for a pattern of layers
+        fields = {"num_hidden_layers": 4, **fields}
+
     def build() -> tuple[Any, MakeInputs]:
         config = tiny_config(model_type, **fields)
         make_inputs = sequence_inputs if config.is_encoder_decoder else text_inputs
@@ -68,19 +71,20 @@ _text("llama", "decoder", fast=True)
 for _name in (
     *("arcee", "apertus", "biogpt", "bitnet", "bloom", "cohere", "diffllama", "ernie4_5"),
     *("falcon", "gemma", "glm", "glm4", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "granite"),
-    *("helium", "hunyuan_v1_dense", "hyperclovax", "jais2", "moshi", "mpt", "nanochat", "nemotron"),
+    *("helium", "hunyuan_v1_dense", "hyperclovax", "jais2", "nanochat", "nemotron"),
     *("olmo", "olmo2", "opt", "persimmon", "phi", "qwen2", "qwen3", "seed_oss", "smollm3"),
     *("stablelm", "trocr", "xglm"),
 ):
     _text(_name, "decoder", fast=_name in ("bloom",))
 _text("gpt2", "decoder", fast=True)
+_text("mpt", "decoder", use_cache=True)
+# moshi's mask knows no window and its cache does: with a small window, transformers' own tokens
+# depend on how the prompt was cut.
+_text("moshi", "decoder", sliding_window=256)
 _text("ctrl", "decoder", dff=48)
 _text("codegen", "decoder", rotary_dim=4)
 _text("gptj", "decoder", rotary_dim=4)
-_text("bert", "decoder", is_decoder=True)
 _text("roberta", "decoder", is_decoder=True)
-_text("roformer", "decoder", is_decoder=True)
-_text("electra", "decoder", is_decoder=True, embedding_size=32)
 
 # --- mixtures of experts ---------------------------------------------------------------------
 _text("mixtral", "moe", fast=True)
@@ -93,7 +97,7 @@ for _name in (
 _text(
     "dbrx",
     "moe",
-    attn_config={"kv_n_heads": 2},
+    attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
     ffn_config={
         "hidden_size": 32,
         "ffn_hidden_size": 48,
@@ -148,7 +152,13 @@ _text(
     chunk_size=8,
     adapter_rank=8,
 )
-_text("nemotron_h", "hybrid")
+_text(
+    "nemotron_h",
+    "hybrid",
+    layers_block_type=[LINEAR, "moe", FULL, LINEAR, "mlp", FULL],
+    **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+    **{"chunk_size": 8, "moe_shared_expert_intermediate_size": 16},
+)
 _text("lfm2", "hybrid", layer_types=["conv", FULL, "conv", FULL])
 _text("lfm2_moe", "hybrid", layer_types=["conv", FULL, "conv", FULL])
 _text("lfm3", "hybrid")
@@ -160,19 +170,47 @@ _text("olmo_hybrid", "hybrid", layer_types=[LINEAR, FULL, LINEAR, FULL])
 _LINEAR_MLA = {**MLA, "layer_types": [LINEAR, FULL, LINEAR, FULL]}
 _text("kimi_linear", "hybrid", **_LINEAR_MLA, linear_head_dim=8, linear_num_heads=4)
 _text("bailing_hybrid", "hybrid", **{**_LINEAR_MLA, "head_dim": 8})
-_text("zaya", "hybrid", num_experts_per_tok=1)
-_text("inkling_text", "hybrid")
+_text("zaya", "hybrid", num_experts_per_tok=1, router_hidden_size=16)
+_text(
+    "inkling_text",
+    "hybrid",
+    layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"],
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+    **{"sliding_window_size": WINDOW, "rel_extent": 64, "d_rel": 4},
+)
 
 # --- multi-head latent attention, indexed and compressed layers -------------------------------
 _text("deepseek_v2", "mla", fast=True, **MLA)
 for _name in ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"):
     _text(_name, "mla", **MLA)
-_text("longcat_flash", "mla", **MLA)
+_text(
+    "longcat_flash",
+    "mla",
+    **{**MLA, "num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
+    **{"moe_topk": 2, "zero_expert_num": 2},
+)
 _INDEXED = {**MLA, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
 _text("deepseek_v32", "indexed", **_INDEXED)
 _text("glm_moe_dsa", "indexed", **_INDEXED)
-_text("deepseek_v4", "compressed")
-_text("minimax_m3_vl_text", "compressed")
+_COMPRESSED, _HEAVILY = "compressed_sparse_attention", "heavily_compressed_attention"
+_text(
+    "deepseek_v4",
+    "compressed",
+    num_key_value_heads=1,
+    layer_types=[_HEAVILY, _COMPRESSED, SLIDING, _COMPRESSED],
+    compress_rates={_COMPRESSED: 4, _HEAVILY: 8},
+    mlp_layer_types=["hash_moe", "moe", "moe", "moe"],
+    **{"o_groups": 2, "o_lora_rank": 8, "hc_mult": 2},
+    **{"index_n_heads": 2, "index_head_dim": 8, "index_topk": 2},
+)
+_text(
+    "minimax_m3_vl_text",
+    "compressed",
+    layer_types=[FULL, "minimax_m3_sparse", FULL, "minimax_m3_sparse"],
+    mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+    **{"dense_intermediate_size": 48, "shared_intermediate_size": 16, "rotary_dim": 4},
+    **{"index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2},
+)
 
 # --- layers that read another layer's keys ----------------------------------------------------
 _SHARED = {
@@ -181,14 +219,14 @@ _SHARED = {
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8,
 }
-_text("gemma3n_text", "shared", **_SHARED, laurel_rank=8, activation_sparsity_pattern=0.0)
+_text("gemma3n_text", "shared", **_SHARED, laurel_rank=8, activation_sparsity_pattern=[0.0] * 4)
 _text("gemma4_text", "shared", **_SHARED, fast=True, global_head_dim=8)
 _text("gemma4_unified_text", "shared", **_SHARED)
 _text("hrm_text", "decoder")
 
 # --- encoder-decoders -------------------------------------------------------------------------
 _text("bart", "encoder-decoder", fast=True)
-_text("t5", "encoder-decoder", fast=True, num_layers=1)
+_text("t5", "encoder-decoder", fast=True, num_decoder_layers=2)
 for _name in (
     *("mbart", "marian", "pegasus", "pegasus_x", "blenderbot", "blenderbot-small", "m2m_100"),
     *("nllb-moe", "led", "plbart", "mvp", "bigbird_pegasus", "prophetnet"),
@@ -289,7 +327,7 @@ _image_text(
 _image_text(
     "gemma3",
     "Gemma3ForConditionalGeneration",
-    {"model_type": "gemma3_text", "layer_types": [SLIDING, SLIDING, FULL, SLIDING]},
+    {"model_type": "gemma3_text", "num_hidden_layers": 4, "layer_types": [SLIDING, SLIDING, FULL, SLIDING]},
     {"model_type": "siglip_vision_model", **_TOWER},
     image_inputs(4, 16),
     image_token_index=IMAGE_TOKEN,
@@ -319,7 +357,8 @@ _image_text(
     "MllamaForConditionalGeneration",
     {
         "model_type": "mllama_text_model",
-        "cross_attention_layers": [2],
+        "num_hidden_layers": 3,
+        "cross_attention_layers": [1],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
     {

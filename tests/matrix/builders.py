@@ -44,10 +44,10 @@ TINY: Mapping[str, Any] = {
     "d_ff": 48,
     "decoder_ffn_dim": 48,
     "encoder_ffn_dim": 48,
-    "num_hidden_layers": 4,
-    "n_layer": 3,
-    "n_layers": 3,
-    "num_layers": 3,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "num_layers": 2,
     "decoder_layers": 2,
     "num_decoder_layers": 2,
     "encoder_layers": 1,
@@ -132,9 +132,9 @@ def tiny_config(model_type: str, **fields: Any) -> Any:
     """A config of `model_type`, every known size small; `fields` win over the table."""
     config_class = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(config_class)}
-    known |= set(getattr(config_class, "attribute_map", {}))
-    targets = set(getattr(config_class, "attribute_map", {}).values())
-    values = {key: value for key, value in TINY.items() if key in known and key not in targets}
+    # Another name for a field counts where the field's own name is not in the table.
+    known |= {name for name, field in config_class.attribute_map.items() if field not in TINY}
+    values = {name: value for name, value in TINY.items() if name in known}
     return config_class(**{**values, **fields})
 
 
@@ -148,7 +148,8 @@ def set_weights(model: Any, seed: int = 0, gain: float = 1.6) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     # Sinusoidal positions have a large constant part, which the token must stand out from.
-    embedding_std = 1.0 if model.config.is_encoder_decoder else 0.3
+    has_positions = model.config.is_encoder_decoder or getattr(model.config, "is_decoder", False)
+    embedding_std = 1.0 if has_positions else 0.3
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
@@ -293,9 +294,10 @@ def class_for(model_type: str, head: str | None = None) -> Any:
 
 def untie(model: Any) -> None:
     """Give the output embedding its own weights: tied ones repeat the last token for ever."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and embedding is not None and head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) in embedded:
+            module.weight = nn.Parameter(module.weight.detach().clone())
 
 
 def finish(model: Any, make_inputs: MakeInputs) -> tuple[Any, MakeInputs]:

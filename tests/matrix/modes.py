@@ -17,8 +17,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 from .builders import Inputs, MakeInputs, perturbed, token_ids
 
 PROMPT = 20
-NUM_NEW = 14
+NUM_NEW = 12
 PADDING = 9
+NUM_PER_TURN = 7
 
 #: Makes an empty cache for a model and a recipe; None as a result lets transformers make its own.
 MakeCache = Callable[[Any, str], Any]
@@ -139,15 +140,16 @@ def multi_turn_padded(bench: Bench, cache: MakeCache) -> Tensor:
 def _turns(bench: Bench, cache: MakeCache, inputs: Inputs) -> Tensor:
     model = bench.model
     kept = cache(model, "")
-    if kept is None:
-        kept = dynamic_cache(model, "")
     ids_name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     mask_name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
     for turn in range(3):
-        out = bench.generate(inputs, kept, num_new=8)
+        # None, the default, means that each turn computes the whole conversation again.
+        out = bench.generate(inputs, kept, num_new=NUM_PER_TURN)
         if turn == 2:
             break
         # The user speaks. What an encoder reads is passed again; pixels were read in the first turn.
+        if out.shape[1] == NUM_PER_TURN:  # whisper returns the new tokens alone
+            out = torch.cat([inputs[ids_name], out], dim=1)
         new = token_ids(out.shape[0], 5, seed=20 + turn)
         ids = torch.cat([out, new], dim=1)
         mask = torch.ones_like(ids)
@@ -190,3 +192,6 @@ MODES: dict[str, Mode] = {
     "static": static,
     "static_padded": static_padded,
 }
+
+#: Modes in which one cache serves several calls of `generate`.
+TURNS = ("multi_turn", "multi_turn_padded")

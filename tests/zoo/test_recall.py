@@ -21,9 +21,7 @@ def maker(tokenizer: Any, filler: str) -> PromptMaker:
 def model() -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        bundled_model_path(), dtype=torch.float32
-    ).eval()
+    return AutoModelForCausalLM.from_pretrained(bundled_model_path(), dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -134,9 +132,7 @@ def test_a_cache_that_forgets_shows(model: Any, tokenizer: Any, filler: str) -> 
     assert forgot.correct < kept.correct
 
 
-def test_bits_per_byte_is_the_same_through_a_cache(
-    model: Any, tokenizer: Any, filler: str
-) -> None:
+def test_bits_per_byte_is_the_same_through_a_cache(model: Any, tokenizer: Any, filler: str) -> None:
     from transformers import DynamicCache
 
     text = filler[:4000]

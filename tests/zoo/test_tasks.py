@@ -32,9 +32,7 @@ def rows(vocabulary: tasks.TaskVocabulary, length: int, shares: Any, step: int =
 
 @pytest.mark.parametrize("length", [64, 257, 1024, 4096])
 @pytest.mark.parametrize("kind", [0, 1, 2])
-def test_rows_are_well_formed(
-    vocabulary: tasks.TaskVocabulary, length: int, kind: int
-) -> None:
+def test_rows_are_well_formed(vocabulary: tasks.TaskVocabulary, length: int, kind: int) -> None:
     row = rows(vocabulary, length, tuple(float(kind == other) for other in range(3)))
     assert row.ids.shape == row.weight.shape == row.distance.shape == (6, length)
     assert row.ids.min() >= 0

@@ -48,9 +48,7 @@ def test_resuming_is_exact(tmp_path: Path, tokenizer: Any) -> None:
     second.run()
     assert second.num_tokens == whole.num_tokens
     assert second.curriculum == whole.curriculum
-    for (name, a), b in zip(
-        whole.model.named_parameters(), second.model.parameters(), strict=True
-    ):
+    for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 

@@ -32,8 +32,6 @@ def test_the_wired_model_recalls_before_training(tokenizer: Any) -> None:
 
 
 def test_another_shape_is_refused() -> None:
-    model = build_model(
-        model_config(vocab_size=64, hidden_size=128, num_hidden_layers=2), seed=0
-    )
+    model = build_model(model_config(vocab_size=64, hidden_size=128, num_hidden_layers=2), seed=0)
     with pytest.raises(ZooError, match="drawn for hidden size"):
         wire_induction(model, seed=0)

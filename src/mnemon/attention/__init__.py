@@ -1,4 +1,4 @@
-"""Attention over tensors and tables: the oracle, the grouped decode path, and the choice between them.
+"""Attention over tensors: the oracle, the grouped decode path, and the choice between them.
 
 Functions here take tensors, never caches, and keep no state.
 

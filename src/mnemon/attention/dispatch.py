@@ -55,11 +55,15 @@ def attend(
     check_shapes(query, keys, values, mask)
     num_new, num_tokens = query.shape[2], keys.shape[2]
     plain_scores = softcap is None and sinks is None
-    kernel_causal = causal and plain_scores and mask is None and bias is None
-    if causal and num_new > 1 and not (kernel_causal and num_new == num_tokens):
+    if num_new == 1:
+        causal = False  # a single row sees everything
+    # Branches rather than one expression: under dynamic shapes a comparison is no plain bool.
+    kernel_causal = False
+    if causal and plain_scores and mask is None and bias is None and num_new == num_tokens:
+        kernel_causal = True
+    if causal and not kernel_causal:
         seen = torch.ones(num_new, num_tokens, dtype=torch.bool, device=query.device)
         mask = merge_masks(seen.tril(num_tokens - num_new)[None, None], mask, query.dtype)
-        kernel_causal = False
     if bias is not None:
         mask = merge_masks(mask, bias, query.dtype)
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
@@ -74,7 +78,7 @@ def attend(
         )
     if num_new <= FEW_ROWS and not kernel_causal:
         return fused_attention(query, keys, values, mask, scale)
-    return spread_attention(query, keys, values, mask, scale, kernel_causal and num_new > 1)
+    return spread_attention(query, keys, values, mask, scale, kernel_causal)
 
 
 def merge_masks(mask: Tensor | None, other: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -3,7 +3,7 @@
 Query heads that share a key head are laid side by side, as rows of one small product:
 
     query [batch, kv_heads * group, new, head_dim]
-       -> [batch, kv_heads, group * new, head_dim]      rows of one head: (g0 t0) (g0 t1) .. (g1 t0) ..
+       -> [batch, kv_heads, group * new, head_dim]     rows: (g0 t0) (g0 t1) .. (g1 t0) (g1 t1) ..
 
 so keys and values stay [batch, kv_heads, tokens, head_dim], uncopied, however far apart the heads
 lie in a buffer with reserve. On a CPU this is several times what ``enable_gqa`` costs, which
@@ -19,6 +19,9 @@ __all__ = ["explicit_attention", "fold_mask", "fold_rows", "fused_attention", "s
 # Rows of a score matrix that are held at once when it has to be written out (soft-capping, sinks):
 # a long prompt then needs rows * tokens numbers per head instead of tokens ** 2.
 _ROWS_AT_ONCE = 512
+
+# Folded rows up to which a product is bound by reading keys, not by arithmetic.
+_FEW_ROWS = 64
 
 
 def fold_rows(query: Tensor, num_kv_heads: int) -> Tensor:
@@ -56,12 +59,24 @@ def fused_attention(
         scale: factor on the dot products; None is ``head_dim ** -0.5``.
     """
     batch, num_heads, num_new, head_dim = query.shape
-    num_kv_heads = keys.shape[1]
+    num_kv_heads, value_dim = keys.shape[1], values.shape[-1]
     rows = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads * num_new, head_dim)
     if mask is not None:
         mask = fold_mask(mask, num_heads, num_kv_heads, num_new)
+    if query.device.type == "cpu":
+        if value_dim != head_dim:
+            # Latent attention: torch has no fused CPU kernel for values narrower than keys.
+            if query.dtype == torch.float32 or value_dim > head_dim:
+                out = _explicit_folded(rows, keys, values, mask, scale, None, None)
+                return out.reshape(batch, num_heads, num_new, value_dim)
+            values = F.pad(values, (0, head_dim - value_dim))
+        if rows.shape[2] == 1 and rows.dtype == torch.bfloat16:
+            # torch's CPU kernel takes half the time for two bfloat16 rows that it takes for one.
+            rows = rows.repeat(1, 1, 2, 1)
+            out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
+            return out[:, :, :1, :value_dim].reshape(batch, num_heads, num_new, value_dim)
     out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
-    return out.reshape(batch, num_heads, num_new, values.shape[-1])
+    return out[..., :value_dim].reshape(batch, num_heads, num_new, value_dim)
 
 
 def spread_attention(
@@ -120,10 +135,21 @@ def explicit_attention(
     for start in range(0, num_new, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-        parts.append(
-            _explicit_rows(query[:, :, rows], keys, values, part, scale, softcap, sinks)
-        )
+        parts.append(_explicit_rows(query[:, :, rows], keys, values, part, scale, softcap, sinks))
     return torch.cat(parts, dim=2)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` for [batch, kv_heads, ..], where heads may lie far apart in memory."""
+    few = left.shape[2] <= _FEW_ROWS
+    if not few or left.dtype == torch.float32 or left.device.type != "cpu":
+        return torch.matmul(left, right)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.matmul(left, right)
+    # Half-precision products of heads that are not neighbours leave torch's fast kernel on a CPU:
+    # one product per head is several times as fast.
+    heads = [torch.mm(a, b) for a, b in zip(left.flatten(0, 1), right.flatten(0, 1), strict=True)]
+    return torch.stack(heads).unflatten(0, left.shape[:2])
 
 
 def _explicit_rows(
@@ -135,32 +161,48 @@ def _explicit_rows(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    batch, num_heads, num_new, head_dim = query.shape
+    batch, num_heads, num_new, _ = query.shape
     num_kv_heads = keys.shape[1]
     rows = fold_rows(query, num_kv_heads)
-    scores = torch.matmul(rows, keys.transpose(-1, -2)).float()
-    scores = scores * (head_dim**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         mask = fold_mask(mask, num_heads, num_kv_heads, num_new)
-        if mask.dtype == torch.bool:
-            # Not -inf: a row that sees nothing must come out as zero, in the backward pass too.
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask.float()
-    top = scores.amax(dim=-1, keepdim=True).detach().clamp(min=torch.finfo(scores.dtype).min)
-    sink_scores = None
     if sinks is not None:
         per_row = sinks.float().view(num_kv_heads, -1, 1).expand(-1, -1, num_new)
-        sink_scores = per_row.reshape(1, num_kv_heads, -1, 1)
-        top = torch.maximum(top, sink_scores.detach())
-    weights = torch.exp(scores - top)
-    if mask is not None and mask.dtype == torch.bool:
-        weights = weights.masked_fill(~mask, 0.0)
-    total = weights.sum(dim=-1, keepdim=True)
-    if sink_scores is not None:
-        total = total + torch.exp(sink_scores - top)
-    weights = weights / total.clamp(min=torch.finfo(scores.dtype).tiny)
-    out = torch.matmul(weights.to(values.dtype), values)
+        sinks = per_row.reshape(1, num_kv_heads, -1, 1)
+    out = _explicit_folded(rows, keys, values, mask, scale, softcap, sinks)
     return out.reshape(batch, num_heads, num_new, values.shape[-1])
+
+
+def _explicit_folded(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The maths of `explicit_attention` on folded rows; ``sinks`` is [1, kv_heads, rows, 1]."""
+    scores = _product(rows, keys.transpose(-1, -2)).float()
+    scores = scores * (rows.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    lowest = torch.finfo(scores.dtype).min
+    unseen = None
+    if mask is not None and mask.dtype == torch.bool:
+        # Not -inf: a row that sees nothing must come out as zero, in the backward pass too.
+        unseen = ~mask
+        scores = scores.masked_fill(unseen, lowest)
+    elif mask is not None:
+        scores = scores + mask.float()
+    top = scores.amax(dim=-1, keepdim=True).detach().clamp(min=lowest)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.detach())
+    weights = torch.exp(scores - top)
+    if unseen is not None:
+        weights = weights.masked_fill(unseen, 0.0)
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
+    weights = weights / total.clamp(min=torch.finfo(scores.dtype).tiny)
+    return _product(weights.to(values.dtype), values)

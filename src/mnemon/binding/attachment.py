@@ -6,17 +6,19 @@ from types import TracebackType
 from typing import Any, Self, final
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from mnemon.binding import chunks
 from mnemon.binding.reuse import OnMismatch, Reuse, Stats
-from mnemon.binding.tracking import ATTACHED, own_cache, run_forward
+from mnemon.binding.states import continues_states
+from mnemon.binding.tracking import ATTACHED, brings_cache, own_cache, run_forward
 from mnemon.cache import Cache
 from mnemon.errors import CacheError, ModelError
 from mnemon.hf import attention as hf_attention
 from mnemon.hf import generate as hf
 
 __all__ = ["Attachment", "attach", "attachment_of", "detach"]
+
 
 def attach(
     model: PreTrainedModel,
@@ -116,8 +118,9 @@ class Attachment:
         self._saved = {name: vars(model).get(name) for name in ("forward", "generate")}
         self._restore = hf_attention.enable(model) if attention else None
         self._methods: dict[str, Any] = {"forward": _Method(model.forward, self._forward)}
-        if hasattr(model, "generate"):
-            self._methods["generate"] = _Method(model.generate, self._generate)
+        if isinstance(model, GenerationMixin):
+            own: Callable[..., Any] = model.generate  # type: ignore[misc]  # its own `self` type
+            self._methods["generate"] = _Method(own, self._generate)
         vars(model).update(self._methods)
         vars(model)[ATTACHED] = self
 
@@ -157,9 +160,9 @@ class Attachment:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         original = self._methods["forward"].original
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not brings_cache(args, kwargs):
             return original(*args, **kwargs)
-        arguments = hf.named_arguments(original, args, kwargs)
+        arguments = hf.named_arguments(original, args, kwargs, type(self.model).forward)
         cache = own_cache(arguments)
         if cache is None:
             return original(*args, **kwargs)
@@ -171,7 +174,9 @@ class Attachment:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         original = self._methods["generate"].original
-        arguments = hf.named_arguments(original, args, kwargs)
+        if not brings_cache(args, kwargs):
+            return original(*args, **kwargs)
+        arguments = hf.named_arguments(original, args, kwargs, GenerationMixin.generate)
         cache = own_cache(arguments)
         if cache is None or hf.setting(self.model, arguments, "use_cache", True) is False:
             return original(*args, **kwargs)
@@ -195,30 +200,46 @@ class Attachment:
     # -- one generate call -------------------------------------------------------------------------
 
     def _prepare(self, cache: Cache, arguments: dict[str, Any], call: "_Call") -> None:
+        """Fit `cache` to the prompt, and compute ahead what `generate` would do worse."""
         model, prompt = self.model, hf.read_prompt(self.model, arguments)
-        in_chunks = self.exact and hf.is_plain_text(model, arguments, prompt)
+        is_plain = hf.is_plain_text(model, arguments, prompt)
+        is_exact = self.exact and is_plain and prompt.num_given == prompt.num_tokens
+        call.prompt_mask = prompt.mask
         reuse = Reuse(model, cache, prompt, arguments, self.on_mismatch, self.stats)
-        if in_chunks:
+        if is_exact:
             reuse.align = self.chunk
             reuse.limit = chunks.reusable(model, cache, prompt.batch_size, self.chunk)
-        call.prompt_mask = prompt.mask
         reuse.fit()
-        last = prompt.num_tokens - 1
-        rows_ready = cache.batch_size == prompt.batch_size * prompt.expand and cache.num_tokens > 0
-        if prompt.ids is not None and last > reuse.num_cached and not (
-            rows_ready and prompt.expand > 1
-        ):
-            mask = None if bool((prompt.mask == 1).all()) else prompt.mask
-            once = prompt.expand > 1 and hf.is_plain_text(model, arguments, prompt)
-            if in_chunks:
-                chunks.run(model, prompt.ids, cache, mask, reuse.num_cached, last, self.chunk)
-            elif once and not hf.wants_prompt_outputs(model, arguments):
-                size = hf.setting(model, arguments, "prefill_chunk_size", None) or last
-                chunks.run(model, prompt.ids, cache, mask, reuse.num_cached, last, int(size))
+        done, last = reuse.num_cached, prompt.num_tokens - 1
+        if is_plain and done < last:
+            size = self._size_ahead(cache, prompt, arguments, is_exact)
+            if size:
+                _run_ahead(model, cache, prompt, done, last, size)
+                done = last
         if cache.batch_size == prompt.batch_size and prompt.expand > 1 and cache.num_tokens:
             cache.repeat(prompt.expand)
-        call.num_prompt = prompt.num_tokens
-        call.num_cached = cache.num_tokens
+        call.num_given = prompt.num_given
+        call.num_cached = done - (prompt.num_tokens - prompt.num_given)
+
+    def _size_ahead(
+        self, cache: Cache, prompt: hf.Prompt, arguments: dict[str, Any], is_exact: bool
+    ) -> int:
+        """Chunk size in which to compute all but the prompt's last token; 0 leaves it to generate.
+
+        Ahead, because a prompt of several beams or samples is computed once and then repeated, and
+        because exact chunks, or a state that is only read one token at a time, need it.
+        """
+        model, last = self.model, prompt.num_tokens - 1
+        has_beams = cache.num_tokens > 0 and cache.batch_size > prompt.batch_size
+        if is_exact:
+            return self.chunk if continues_states(model, cache) else last
+        is_continued = prompt.num_given < prompt.num_tokens
+        if is_continued and prompt.num_given > 1 and not continues_states(model, cache):
+            return 1
+        if prompt.expand == 1 or has_beams or hf.wants_prompt_outputs(model, arguments):
+            return 0
+        size = hf.setting(model, arguments, "prefill_chunk_size", None)
+        return int(size) if size and continues_states(model, cache) else last
 
     def report(self) -> str:
         """What is attached, which modules use mnemon's attention, and what reuse saved."""
@@ -277,10 +298,10 @@ class _Method:
 
 
 class _Call:
-    """A `generate` call in progress."""
+    """A `generate` call in progress: `num_cached` of its `num_given` ids are in the cache."""
 
     prompt_mask: torch.Tensor | None = None
-    num_prompt: int = 0
+    num_given: int = 0
     num_cached: int = 0
 
     def skip_cached(self, arguments: dict[str, Any], names: hf.Stream) -> None:
@@ -291,7 +312,7 @@ class _Call:
         """
         cached, self.num_cached = self.num_cached, 0
         ids = arguments.get(names.ids)
-        if not cached or ids is None or ids.ndim != 2 or ids.shape[1] < self.num_prompt:
+        if not cached or ids is None or ids.ndim != 2 or ids.shape[1] < self.num_given:
             return
         num_fed = ids.shape[1]
         arguments[names.ids] = ids[:, cached:]
@@ -299,6 +320,24 @@ class _Call:
             value = arguments.get(name)
             if isinstance(value, torch.Tensor) and value.shape[-1] == num_fed:
                 arguments[name] = value[..., cached:]
+        mask = arguments.get(names.mask)
+        if names.takes_own_mask and isinstance(mask, torch.Tensor) and mask.shape[1] == num_fed:
+            arguments[names.mask] = mask[:, cached:]
+
+
+def _run_ahead(
+    model: PreTrainedModel, cache: Cache, prompt: hf.Prompt, start: int, stop: int, size: int
+) -> None:
+    """Compute tokens ``[start, stop)`` of the prompt, for all rows that the cache has."""
+    assert prompt.ids is not None
+    # Of a prompt whose beginning was not passed, the cached columns are never read.
+    ids = torch.nn.functional.pad(prompt.ids, (prompt.num_tokens - prompt.num_given, 0))
+    mask = None if bool((prompt.mask == 1).all()) else prompt.mask
+    copies = cache.batch_size // prompt.batch_size if cache.num_tokens else 1
+    if copies > 1:
+        ids = ids.repeat_interleave(copies, dim=0)
+        mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
+    chunks.run(model, ids, cache, mask, start, stop, size)
 
 
 def _name_unlogged(cache: Cache, result: Any) -> None:

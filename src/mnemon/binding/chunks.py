@@ -1,8 +1,8 @@
 """Prefill in fixed chunks aligned to absolute positions: the arithmetic does not depend on reuse.
 
-    tokens   0      256      512      768   900
-    one shot |---A---|---B---|---C---|--D--|
-    reuse    |==cached=======|.......         crop to 512, then run C and D again: the same bits
+tokens   0      256      512      768   900
+one shot |---A---|---B---|---C---|--D--|
+reuse    |==cached=======|.......         crop to 512, then run C and D again: the same bits
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from mnemon.binding import prefix
+from mnemon.binding.states import continues_states
 from mnemon.binding.tracking import is_attached, run_forward
 from mnemon.cache import Cache, Prefilled
 from mnemon.errors import CacheError, ModelError
 from mnemon.hf import generate as hf
-from mnemon.types import PaddingMask, TokenIds
 
 __all__ = ["DEFAULT_CHUNK", "Progress", "checked_chunk", "prefill", "reusable", "run"]
 
@@ -28,11 +28,11 @@ Progress = Callable[[int, int], None]
 
 def prefill(
     model: PreTrainedModel,
-    ids: TokenIds,
+    ids: torch.Tensor,
     cache: Cache,
     chunk: int = DEFAULT_CHUNK,
     progress: Progress | Literal[True] | None = None,
-    attention_mask: PaddingMask | None = None,
+    attention_mask: torch.Tensor | None = None,
 ) -> Any:
     """Fill `cache` with `ids`, reusing what it holds, such that reuse changes no bit.
 
@@ -40,7 +40,9 @@ def prefill(
     tokens are reused that equal `ids` and that an earlier prefill computed in the same chunks, with
     the same batch and attention implementation; the rest is computed again. So the logits and the
     cache are bit for bit those of a prefill into an empty cache. A cache that cannot be cropped to
-    a chunk's beginning (windows that moved on, recurrent states) is emptied first.
+    a chunk's beginning (windows that moved on, recurrent states) is emptied first. A model that
+    cannot go on from its recurrent state with several tokens (see `continues_states`) is fed the
+    whole prompt at once.
 
     Works with and without `attach`. Decoder-only models.
 
@@ -67,25 +69,27 @@ def prefill(
     if mask is not None and bool((mask == 1).all()):
         mask = None
     keep = 0
-    if cache.num_tokens:
+    in_pieces = num_tokens <= chunk or continues_states(model, cache)
+    if cache.num_tokens and in_pieces:
         agreed = prefix.match(cache.tokens, prefix.marked(ids, mask), grouped=True).num_common
         keep = min(agreed, num_tokens - 1, reusable(model, cache, ids.shape[0], chunk))
         keep = keep // chunk * chunk
         remove = cache.num_tokens - keep
-        if keep and cache.can_crop(remove):
+        keep = keep if cache.can_crop(remove) else 0
+        if keep:
             cache.crop(-remove)
-        else:
-            keep = 0
-            cache.reset()
+    if not keep:
+        cache.reset()
     with _progress(progress) as report:
-        return run(model, ids, cache, mask, keep, num_tokens, chunk, report)
+        size = chunk if in_pieces else num_tokens
+        return run(model, ids, cache, mask, keep, num_tokens, size, report)
 
 
 def run(
     model: PreTrainedModel,
-    ids: TokenIds,
+    ids: torch.Tensor,
     cache: Cache,
-    mask: PaddingMask | None,
+    mask: torch.Tensor | None,
     start: int,
     stop: int,
     chunk: int,
@@ -107,9 +111,7 @@ def run(
         while begin < stop:
             end = min((begin // chunk + 1) * chunk, stop)
             inputs = hf.forward_inputs(model, cache, ids, mask, positions, begin, end)
-            outputs = (
-                model(**inputs) if tracked else run_forward(names, model, inputs, cache, mask)
-            )
+            outputs = model(**inputs) if tracked else run_forward(names, model, inputs, cache, mask)
             if aligned and end % chunk == 0 and begin % chunk == 0:
                 cache.prefilled = Prefilled(
                     chunk=chunk,

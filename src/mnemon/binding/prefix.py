@@ -3,14 +3,18 @@
 An `UNKNOWN` token of the log agrees with everything, `PADDING` with padding only.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
+from jaxtyping import Int64
 
 from mnemon.token_log import PADDING, UNKNOWN
-from mnemon.types import PaddingMask, TokenIds
 
-__all__ = ["PADDING", "UNKNOWN", "Match", "first_difference", "match", "marked"]
+__all__ = ["PADDING", "UNKNOWN", "Match", "first_difference", "marked", "match"]
+
+_Log: TypeAlias = Int64[torch.Tensor, "rows cached"]
+_Prompts: TypeAlias = Int64[torch.Tensor, "prompts tokens"]
+_Rows: TypeAlias = Int64[torch.Tensor, " prompts"]
 
 
 class Match(NamedTuple):
@@ -25,15 +29,20 @@ class Match(NamedTuple):
     num_common: int
 
 
-def marked(ids: TokenIds, mask: PaddingMask | None) -> TokenIds:
-    """`ids` on the CPU with masked positions as `PADDING`, as the token log writes them."""
+def marked(ids: torch.Tensor, mask: torch.Tensor | None) -> _Prompts:
+    """`ids` ``[prompts, tokens]`` on the CPU as the token log writes them: masked is `PADDING`."""
     ids = ids.detach().to("cpu", torch.int64)
     if mask is None:
         return ids
     return ids.masked_fill(mask[:, : ids.shape[1]].to("cpu") == 0, PADDING)
 
 
-def match(log: TokenIds, prompts: TokenIds, *, grouped: bool) -> Match:
+def match(
+    log: _Log,
+    prompts: _Prompts,
+    *,
+    grouped: bool,
+) -> Match:
     """The row of `log` that agrees longest with each of `prompts`.
 
     Args:
@@ -62,7 +71,11 @@ def match(log: TokenIds, prompts: TokenIds, *, grouped: bool) -> Match:
     return Match(torch.tensor(rows, dtype=torch.int64), common)
 
 
-def first_difference(log: TokenIds, prompts: TokenIds, rows: torch.Tensor) -> tuple[int, int]:
+def first_difference(
+    log: _Log,
+    prompts: _Prompts,
+    rows: _Rows,
+) -> tuple[int, int]:
     """``(prompt, position)`` of the earliest disagreement; position = length if there is none."""
     length = min(log.shape[1], prompts.shape[1])
     agreeing = [

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mnemon.binding import prefix
 from mnemon.binding.content import digest
+from mnemon.binding.states import continues_states
 from mnemon.cache import Cache
 from mnemon.errors import PrefixMismatch
 from mnemon.hf import generate as hf
@@ -136,6 +137,9 @@ class Reuse:
         keep = min(common, prompt.num_tokens - 1)
         keep = keep if self.limit is None else min(keep, self.limit)
         keep = keep // self.align * self.align
+        if 0 < keep < prompt.num_tokens - 1 and not continues_states(self.model, cache):
+            keep = 0
+            self.stats.resets += 1
         if self._shorten(held, keep, common):
             self._choose(rows)
             self.num_cached = keep

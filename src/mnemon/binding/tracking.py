@@ -6,11 +6,11 @@ from typing import Any, Final
 import torch
 
 from mnemon.binding.prefix import UNKNOWN
-from mnemon.cache import Cache, EncoderDecoderCache
+from mnemon.cache import Cache
 from mnemon.hf import generate as hf
 from mnemon.layers import CacheLayer, HybridLayer
 
-__all__ = ["ATTACHED", "is_attached", "own_cache", "run_forward"]
+__all__ = ["ATTACHED", "brings_cache", "is_attached", "own_cache", "run_forward"]
 
 #: The instance attribute under which an attached model keeps its attachment.
 ATTACHED: Final = "_mnemon_attachment"
@@ -18,6 +18,11 @@ ATTACHED: Final = "_mnemon_attachment"
 
 def is_attached(model: torch.nn.Module) -> bool:
     return ATTACHED in vars(model)
+
+
+def brings_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call has a mnemon cache among its arguments: the cheap question first."""
+    return own_cache(kwargs) is not None or any(isinstance(value, Cache) for value in args)
 
 
 def own_cache(arguments: Mapping[str, Any]) -> Cache | None:
@@ -99,8 +104,8 @@ def _mend(cache: Cache, start: int, error: BaseException) -> None:
 
 
 def _self_attention(cache: Cache) -> Sequence[CacheLayer]:
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    return [layer for layer in own.layers if not layer.is_dummy]
+    # Of an encoder-decoder pair, `layers` are the decoder's own.
+    return [layer for layer in cache.layers if not layer.is_dummy]
 
 
 def _parts(layer: CacheLayer) -> tuple[CacheLayer, ...]:

@@ -45,7 +45,7 @@ class _Frame:
     height: int
     left: int = 56
     right: int = 14
-    top: int = 12
+    top: int = 34
     bottom: int = 44
 
 
@@ -145,6 +145,8 @@ def _svg(
     parts = [
         f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" '
         f'aria-label="{escape(y_label)} against {escape(x_label)}">'
+        # Above the axis, not turned along it: it reads at any width.
+        f'<text class="axis y" x="0" y="14">{escape(y_label)}</text>',
     ]
     for tick in ticks:
         if tick > top:

@@ -114,16 +114,8 @@ class Chat:
 
     def open(self, system: str | None) -> None:
         """Resume the session file, or begin."""
-        from mnemon.cli.conversation import load_session
-
         if self.session is not None and self.session.exists():
-            self.conversation, self.cache = load_session(self.session, self.loaded.model)
-            self.say(
-                f"resumed {self.session}: {self.conversation.num_turns} turns, "
-                f"{self.cache.num_tokens:,} tokens cached, recipe {self.cache.recipe}"
-            )
-            if self.recipe is not None:
-                self.say("--cache is left out: the session keeps its own recipe")
+            self.resume(self.session)
         else:
             self.cache = self.new_cache()
         if system is not None:
@@ -131,6 +123,28 @@ class Chat:
             others = [message for message in messages if message["role"] != "system"]
             self.conversation.messages = [{"role": "system", "content": system}, *others]
         self.introduce()
+
+    def resume(self, session: Path) -> None:
+        """Read the transcript, and the cache if it can be used."""
+        import mnemon
+        from mnemon import recipe
+        from mnemon.cli.conversation import cache_path, load_conversation
+        from mnemon.errors import FileError
+
+        self.conversation, its_recipe = load_conversation(session)
+        if self.recipe is None:
+            self.recipe = its_recipe
+        self.cache = self.new_cache()
+        found = f"resumed {session}: {self.conversation.num_turns} turns"
+        if str(recipe.parse(self.recipe)) != its_recipe:
+            self.say(f"{found}; another recipe, so the first answer computes them again")
+            return
+        try:
+            self.cache = mnemon.load_cache(cache_path(session), self.loaded.model)
+        except FileError as error:
+            self.say(f"{found}; the first answer computes them again, for {error}")
+            return
+        self.say(f"{found}, {self.cache.num_tokens:,} tokens cached, recipe {self.cache.recipe}")
 
     def introduce(self) -> None:
         """Say what to expect of this model, in a line."""
@@ -287,13 +301,20 @@ class Chat:
             self.say("name a file: /save FILE (or start with --session FILE)")
             return
         try:
-            save_session(path, self.conversation, self.cache)
+            save_session(path, self.conversation, self.cache, self.loaded.model)
         except (MnemonError, OSError) as error:
             output.print_error(error, as_json=False)
             return
         if path == self.session:
             self.is_changed = False
-        self.say(f"saved {path} ({output.format_bytes(path.stat().st_size)})")
+        self.say(f"saved {path} and {self.saved_cache(path)}")
+
+    def saved_cache(self, session: Path) -> str:
+        """The cache file beside a session, with its size."""
+        from mnemon.cli.conversation import cache_path
+
+        path = cache_path(session)
+        return f"{path.name} ({output.format_bytes(path.stat().st_size)})"
 
     def close(self) -> None:
         """On the way out: save the session if anything changed.
@@ -305,5 +326,5 @@ class Chat:
 
         if self.session is None or not self.is_changed:
             return
-        save_session(self.session, self.conversation, self.cache)
-        self.say(f"saved {self.session} ({output.format_bytes(self.session.stat().st_size)})")
+        save_session(self.session, self.conversation, self.cache, self.loaded.model)
+        self.say(f"saved {self.session} and {self.saved_cache(self.session)}")

@@ -122,6 +122,10 @@ def stored_bytes(cache: Any) -> int:
 
 def held_bytes(cache: Any) -> int:
     """Bytes of all buffers that a cache holds, reserve included, each storage counted once."""
+    import mnemon
+
+    if isinstance(cache, mnemon.Cache):
+        return int(cache.nbytes_reserved)
     storages = {}
     for tensor in _tensors(cache.layers, set()):
         storage = tensor.untyped_storage()
@@ -149,5 +153,5 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item, seen)
-    elif type(value).__module__.startswith(("transformers.", "mnemon.")):
+    elif type(value).__module__.startswith("transformers."):
         yield from _tensors(getattr(value, "__dict__", {}), seen)

@@ -1,30 +1,39 @@
-"""The turns of a chat: how they read as a prompt, and how they are kept in a session file.
+"""The turns of a chat: how they read as a prompt, and how they are kept between two runs.
 
-A session is one cache file. The transcript travels in the cache's notes, so that the two cannot
-come apart; the cache's tokens are compared with the prompt again when the session goes on.
+A session is a transcript (JSON, at the path the user gave) and beside it the cache (the same path
+with ``.cache`` appended). The cache only saves work: its tokens are compared with the transcript's
+before they are used, so one that is missing, damaged, old or of another model costs time, never
+the conversation.
 """
 
 from __future__ import annotations
 
-import os
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnemon.errors import FileError, MnemonError
+from mnemon.errors import MnemonError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Conversation", "SessionError", "load_session", "save_session", "turn_marker"]
+__all__ = [
+    "Conversation",
+    "SessionError",
+    "cache_path",
+    "load_conversation",
+    "save_session",
+    "turn_marker",
+]
 
-NOTE = "chat"
+FORMAT, VERSION = "mnemon-chat", 1
 PLAIN_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 ROLES = tuple(PLAIN_NAMES)
 
 
 class SessionError(MnemonError, ValueError):
-    """A session file holds a cache but no conversation that can be continued."""
+    """A session file holds no conversation that can be continued."""
 
 
 @dataclass(slots=True)
@@ -85,44 +94,72 @@ def turn_marker(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return between.rstrip(" ") or None
 
 
-def save_session(path: Path, conversation: Conversation, cache: Any) -> None:
-    """Write cache and transcript into one file, whole or not at all.
+def cache_path(path: Path) -> Path:
+    """Where the cache of the session at `path` lies."""
+    return path.with_name(path.name + ".cache")
+
+
+def save_session(
+    path: Path, conversation: Conversation, cache: Any, model: PreTrainedModel
+) -> None:
+    """Write the transcript and the cache, each whole or not at all.
 
     Raises:
-        FileError: the file cannot be written.
+        FileError: one of them cannot be written; the old one is intact.
     """
-    cache.notes[NOTE] = {"messages": conversation.messages}
+    from mnemon.files.atomic import write_atomically
+
+    transcript = {
+        "format": FORMAT,
+        "version": VERSION,
+        "recipe": str(cache.recipe),
+        "messages": conversation.messages,
+    }
+    data = json.dumps(transcript, indent=1, ensure_ascii=False).encode()
+    write_atomically(path, lambda writer: writer.write(data))
+    cache.save(cache_path(path), model=model)
+
+
+def load_conversation(path: Path) -> tuple[Conversation, str]:
+    """Read a transcript.
+
+    Returns:
+        The conversation, and the recipe of its cache.
+
+    Raises:
+        SessionError: unreadable, or not a transcript of this version.
+    """
     try:
-        cache.save(path)
-    except FileError:
-        raise
+        found = json.loads(path.read_bytes())
     except OSError as error:
-        raise FileError(
-            f"cannot write the session to {path}: {error.strerror or error}; choose another path."
-        ) from error
-
-
-def load_session(path: Path, model: PreTrainedModel) -> tuple[Conversation, Any]:
-    """Read a session back.
-
-    Raises:
-        FileError: not a cache file, damaged, or of another model.
-        SessionError: a cache file without a conversation.
-    """
-    import mnemon
-
-    if not os.access(path, os.R_OK):
-        raise FileError(f"cannot read {path}: permission denied; check the file's owner.")
-    cache = mnemon.load_cache(path, model)
-    note = cache.notes.get(NOTE)
-    messages = note.get("messages") if isinstance(note, dict) else None
-    # The file may have been written by anyone: nothing is assumed about the transcript.
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise SessionError(
-            f"{path} is a cache, but not of a chat; use `mnemon generate --load-cache`, "
-            "or name a new session file."
+            f"cannot read the session {path}: {error.strerror or error}; check the path."
+        ) from error
+    except ValueError as error:
+        raise SessionError(_not_a_session(path)) from error
+    # The file may come from anyone: nothing about it is assumed.
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise SessionError(_not_a_session(path))
+    if found.get("version") != VERSION:
+        raise SessionError(
+            f"{path} is a session of version {found.get('version')!r}, this mnemon reads "
+            f"version {VERSION}; upgrade mnemon, or name a new file."
         )
-    return Conversation([dict(message) for message in messages]), cache
+    messages, recipe = found.get("messages"), found.get("recipe")
+    if (
+        not isinstance(messages, list)
+        or not all(_is_message(message) for message in messages)
+        or not isinstance(recipe, str)
+    ):
+        raise SessionError(f"{path} is a damaged session; restore it, or name a new file.")
+    return Conversation([dict(message) for message in messages]), recipe
+
+
+def _not_a_session(path: Path) -> str:
+    return (
+        f"{path} is not a chat session; name a new file, and continue a saved cache with "
+        "`mnemon generate --load-cache`."
+    )
 
 
 def _is_message(message: Any) -> bool:

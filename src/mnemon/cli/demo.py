@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mnemon.cli import output
+from mnemon.cli.wording import milliseconds, percent, small
 from mnemon.errors import MnemonError
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[int], Callable[[str], None]]
 def _print(result: DemoResult, path: Path) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    # A pipe has no width; a report line that is cut or folded there helps nobody.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     model, settings = result.model, result.settings
     console.print(
         f"\n[bold]{model['name']}[/] ({model['parameters'] / 1e6:.1f}M parameters, "
@@ -146,13 +148,12 @@ def _table(result: DemoResult) -> Table:
     from rich import box
     from rich.table import Table
 
-    # A pipe has no width of its own: 80 columns would cut figures.
-    width = None if sys.stdout.isatty() else 112
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, width=width, expand=False)
-    table.add_column("cache", no_wrap=True)
+    # Narrow on purpose: it has to fit 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("cache", overflow="fold")  # the one column that may fold
     for title in (
         "tokens/s",
-        "first\ntoken",
+        "first\ntoken, ms",
         "bytes/\ntoken",
         "peak\nmemory",
         "same\ntokens",
@@ -160,66 +161,55 @@ def _table(result: DemoResult) -> Table:
         "bits/\nbyte",
     ):
         table.add_column(title, justify="right", no_wrap=True)
-    if any(row.recall for row in result.rows):
-        for distance in _recall_distances(result.rows):
-            table.add_column(f"recall\nat {distance:,}", justify="right", no_wrap=True)
     library = ""
     for row in result.rows:
         if row.library != library:
             library = row.library
             table.add_row(f"[dim]{library}[/]")
-        table.add_row(f"  {row.name}", *_cells(row, result.rows))
+        table.add_row(f" {row.name}", *_cells(row))
     return table
 
 
-def _recall_distances(rows: list[Row]) -> list[int]:
-    """The distances that the terminal has room for: the shortest, a middle one, the longest."""
-    distances = sorted({distance for row in rows for distance in row.recall})
-    return (
-        sorted({distances[0], distances[len(distances) // 2], distances[-1]}) if distances else []
-    )
-
-
-def _cells(row: Row, rows: list[Row]) -> list[str]:
-    from rich.markup import escape
-
-    from mnemon.cli.report import percent, small
-
-    if row.error:
-        return [f"[red]no: {escape(row.error)}[/]"]
-
+def _cells(row: Row) -> list[str]:
     def cell(value: Any, text: Callable[[Any], str]) -> str:
         return "\u2013" if value is None else text(value)
 
     return [
         cell(row.tokens_per_s, "{:.1f}".format),
-        cell(row.first_token_s, lambda s: f"{1000 * s:,.0f} ms"),
+        cell(row.first_token_s, lambda seconds: f"{1000 * seconds:,.0f}"),
         cell(row.bytes_per_token, "{:,.0f}".format),
         cell(row.peak_bytes, output.format_bytes),
         cell(row.agreement, percent),
         cell(row.logit_difference, small),
         cell(row.bits_per_byte, "{:.3f}".format),
-        *(cell(row.recall.get(distance), percent) for distance in _recall_distances(rows)),
     ]
 
 
 def _findings(result: DemoResult) -> Iterator[str]:
-    """The two results that are no rows of the table, in one line each."""
+    """The results that are no rows of the table, in one line each."""
+    from rich.markup import escape
+
+    for row in result.rows:
+        if row.error:
+            yield f"[red]{row.name} does not work with this model:[/] {escape(row.error)}"
+    recalls = {tuple(row.recall.items()) for row in result.rows if row.recall}
+    for recall in recalls:
+        names = [row.name for row in result.rows if tuple(row.recall.items()) == recall]
+        who = ", ".join(names) if len(recalls) > 1 else "with every cache"
+        shares = ", ".join(f"{percent(share)} at {distance:,}" for distance, share in recall)
+        yield f"Recall of planted words by distance, {who}: {shares} tokens."
     if result.reuse:
-        fresh, kept, loaded = (1000 * seconds for seconds in result.reuse.medians())
+        fresh, kept, loaded = map(milliseconds, result.reuse.medians())
         yield (
             f"Prompt reuse, {result.reuse.num_reused:,} of {result.reuse.num_prompt:,} tokens: "
-            f"first token after {fresh:,.0f} ms computed, {kept:,.0f} ms from a kept cache, "
-            f"{loaded:,.0f} ms from a file ({output.format_bytes(result.reuse.file_bytes)})."
+            f"first token after {fresh} computed, {kept} from a kept cache, "
+            f"{loaded} from a file ({output.format_bytes(result.reuse.file_bytes)})."
         )
     for case in result.fed_twice:
         if case.error:
-            verdict = f"[red]{case.error}[/]"
-        elif case.same and case.num_held == case.num_right:
-            verdict = "[green]the right answer[/]"
+            verdict = f"[red]{escape(case.error)}[/]"
         else:
-            verdict = (
-                f"[red]{'the right' if case.same else 'another'} answer, without an error[/] "
-                f"({case.num_held} tokens held, {case.num_right} are right)"
-            )
-        yield f"A cached prompt of {case.num_prompt} tokens given again, {case.name}: {verdict}."
+            verdict = f"{case.num_same} of {case.num_prompts} answers right, "
+            verdict += f"{case.num_held} tokens held where {case.num_right} are right"
+            verdict = f"[{'green' if case.is_right else 'red'}]{verdict}[/]"
+        yield f"A cached prompt of {case.num_prompt} tokens given again, {case.name}: {verdict}"

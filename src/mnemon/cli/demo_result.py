@@ -89,27 +89,34 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FedTwice:
-    """A prompt that a cache already holds, given to `generate` again.
+    """Prompts that a cache already holds, given to `generate` again.
 
     Attributes:
         name: whose cache.
-        num_prompt: tokens of the prompt.
+        num_prompt: tokens of each prompt.
+        num_prompts: prompts tried.
+        num_same: prompts that went on as from an empty cache.
         num_held: tokens in the cache after the new ones.
         num_right: tokens that it should hold.
-        text: how the answer went on.
-        right_text: how it goes on from an empty cache.
-        same: whether the tokens are the same.
+        text: how the first wrong answer went on; the first of all where none is wrong.
+        right_text: how that one goes on from an empty cache.
         error: what was raised, else "".
     """
 
     name: str
     num_prompt: int
+    num_prompts: int
+    num_same: int
     num_held: int
     num_right: int
     text: str
     right_text: str
-    same: bool
     error: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether every answer was right and the cache holds what it should."""
+        return self.num_same == self.num_prompts and self.num_held == self.num_right
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from mnemon.cli import trial
 from mnemon.cli.contenders import REFERENCE, Contender, contenders, held_bytes, stored_bytes
 from mnemon.cli.demo_result import DemoResult, FedTwice, Reuse, Row, SpeedPoint
 from mnemon.cli.environment import environment
-from mnemon.cli.models import LoadedModel
+from mnemon.cli.models import BUNDLED_NAME, LoadedModel
 from mnemon.cli.sources import InputError, Source, context_limit, encode
 
 if TYPE_CHECKING:
@@ -30,8 +30,16 @@ ROUNDS = 3
 SCORED_TOKENS = 256
 SWEEP_NEW = 24
 REUSE_TAIL = 32
-TWICE_PROMPT, TWICE_NEW = 32, 12
+TWICE_PROMPTS, TWICE_PROMPT, TWICE_NEW = 4, 32, 16
 MIN_CONTEXT = 64
+# A busy or small machine measures less rather than longer: seconds for everything, and the share
+# of it after which a kind of measurement takes no further round, context or distance.
+TIME_S = 150.0
+ROUNDS_SHARE, SWEEP_SHARE, RECALL_SHARE, REUSE_SHARE = 0.4, 0.65, 0.8, 0.9
+RECALL_DISTANCES = (32, 128, 512, 1024, 2048)
+RECALL_SAMPLES = 8
+RECALL_ROOM = 128  # a recall prompt is this much longer than its distance, at most
+RECALL_FILLER = 60_000  # characters of text between what is planted and what is asked
 
 Advance = Callable[[str], None]  # called before each piece of work with what it is
 
@@ -53,7 +61,10 @@ class Demo:
 
         self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
         self.source, self.options = source, options
+        self.started = time.perf_counter()
         self.notes: list[str] = []
+        self.left_out: list[str] = []
+        self.num_rounds = 0
         self.num_new = options.num_new
         ids = encode(self.tokenizer, source.text)
         self.limit = context_limit(self.model.config)
@@ -90,13 +101,24 @@ class Demo:
         """The contenders that have not failed."""
         return [each for each in self.contenders if not self.rows[each.name].error]
 
+    def out_of_time(self, share: float) -> bool:
+        """Whether more than this share of the time is spent."""
+        return time.perf_counter() - self.started > share * TIME_S
+
+    def all_notes(self) -> list[str]:
+        """What a reader has to know beside the figures."""
+        if not self.left_out:
+            return self.notes
+        return [*self.notes, f"To keep the run short on this machine: {', '.join(self.left_out)}."]
+
     def sweep_contexts(self) -> list[int]:
         """Shorter and longer contexts than the main one, for the chart of speed."""
         longest = self.ids.shape[1] - SWEEP_NEW
         if self.limit is not None:
             longest = min(longest, self.limit - SWEEP_NEW)
         wanted = {self.context // 8, self.context // 2, min(2 * self.context, longest)}
-        return sorted(context for context in wanted if context >= 32 and context != self.context)
+        kept = {context for context in wanted if context >= 32 and context != self.context}
+        return sorted(kept, reverse=True)  # the longest tells most, should time run out
 
     def attempt(self, each: Contender, work: Callable[..., None], *arguments: Any) -> None:
         """Do one contender's work; what this cache cannot do with this model goes in its row."""
@@ -112,6 +134,8 @@ class Demo:
     def main_rounds(self, advance: Advance) -> None:
         """Fill speed, memory, size and text of every row."""
         prompt = self.ids[:, : self.context]
+        # The very first run of all loads kernels; it would be charged to whoever comes first.
+        trial.generate(self.model, prompt, self.contenders[0].make(self.context + 2), 2)
         trials: dict[str, list[trial.Trial]] = {each.name: [] for each in self.contenders}
 
         def once(each: Contender, first: bool) -> None:
@@ -122,7 +146,7 @@ class Demo:
                     measured = trial.generate(self.model, prompt, cache, self.num_new)
                 row.peak_bytes = peak.bytes
                 row.tokens = measured.tokens
-                row.text = str(self.tokenizer.decode(measured.tokens))
+                row.text = self.decode(measured.tokens)
                 held = self.context + self.num_new - 1  # the last token is never fed back
                 row.bytes_per_token = stored_bytes(cache) / held
                 row.held_bytes = held_bytes(cache)
@@ -131,6 +155,10 @@ class Demo:
                 trials[each.name].append(trial.generate(self.model, prompt, cache, self.num_new))
 
         for round_ in range(self.options.rounds + 1):
+            if round_ > 1 and self.out_of_time(ROUNDS_SHARE):
+                self.left_out.append(f"{round_ - 1} of {self.options.rounds} timed rounds")
+                break
+            self.num_rounds = round_
             for each in self.able:
                 advance(f"generate: {each.name}")
                 self.attempt(each, once, round_ == 0)
@@ -145,7 +173,7 @@ class Demo:
     def scores(self, advance: Advance) -> None:
         """Feed the same text through every cache: bits per byte and the logits' difference."""
         ids = self.ids[:, : self.context + SCORED_TOKENS]
-        scored = str(self.tokenizer.decode(ids[0, self.context :]))
+        scored = self.decode(ids[0, self.context :])
         num_bytes = len(scored.encode())
         reference: list[torch.Tensor] = []
 
@@ -188,10 +216,43 @@ class Demo:
             )
 
         for context in self.sweep_contexts():
+            if self.out_of_time(SWEEP_SHARE):
+                self.left_out.append(f"no speed with {context:,} tokens of context")
+                continue
             for each in self.able:
                 advance(f"{context:,} tokens of context: {each.name}")
                 self.attempt(each, once, context)
         return sorted(points, key=lambda point: point.context)
+
+    def distances(self) -> list[int]:
+        """Recall distances within the context; none for a model with another vocabulary."""
+        if self.loaded.name != BUNDLED_NAME:
+            return []
+        most = min(self.context, (self.limit or self.context) - RECALL_ROOM)
+        return [distance for distance in RECALL_DISTANCES if distance <= most]
+
+    def recall(self, advance: Advance) -> None:
+        """Planted words asked for at growing distances, through every cache."""
+        from mnemon.zoo.recall import recall_by_distance
+
+        def once(each: Contender, distance: int) -> None:
+            (point,) = recall_by_distance(
+                self.model,
+                self.tokenizer,
+                distances=[distance],
+                samples=RECALL_SAMPLES,
+                filler=self.source.text[:RECALL_FILLER],
+                make_cache=lambda config: each.make(distance + RECALL_ROOM),
+            )
+            self.rows[each.name].recall[distance] = point.accuracy
+
+        for distance in self.distances():
+            if self.out_of_time(RECALL_SHARE):
+                self.left_out.append(f"no recall at {distance:,} tokens")
+                continue
+            for each in self.able:
+                advance(f"recall at {distance:,} tokens: {each.name}")
+                self.attempt(each, once, distance)
 
     def reuse(self, advance: Advance) -> Reuse:
         """Time to the first token of a long prompt: fresh, kept in memory, loaded from a file."""
@@ -209,9 +270,11 @@ class Demo:
             num_reused = saved.common_prefix(prompt.cpu())
             path = Path(folder) / "prompt.safetensors"
             start = time.perf_counter()
-            saved.save(path)
+            saved.save(path, model=self.model)
             save_s = time.perf_counter() - start
-            for _ in range(self.options.rounds):
+            for round_ in range(self.options.rounds):
+                if round_ and self.out_of_time(REUSE_SHARE):
+                    break
                 advance("prefix reuse: fresh, kept, loaded")
                 cache = mnemon.Cache(self.model.config)
                 fresh.append(trial.generate(self.model, prompt, cache, SWEEP_NEW))
@@ -243,43 +306,55 @@ class Demo:
         )
 
     def fed_twice(self, advance: Advance) -> list[FedTwice]:
-        """Give `generate` a prompt that the cache already holds, in both libraries."""
-        advance("a prompt that is already cached")
-        ids = self.ids[:, :TWICE_PROMPT]
+        """Give `generate` prompts that the cache already holds, in both libraries."""
         reference, *rest = self.contenders
         ours = next(each for each in rest if each.attached)
-        right = trial.generate(
-            self.model, ids, reference.make(TWICE_PROMPT + TWICE_NEW), TWICE_NEW
-        ).tokens
+        room = TWICE_PROMPT + TWICE_NEW
+        step = self.context // TWICE_PROMPTS
+        prompts = [self.ids[:, i * step :][:, :TWICE_PROMPT] for i in range(TWICE_PROMPTS)]
+        advance("prompts that are already cached")
+        right = [
+            trial.generate(self.model, ids, reference.make(room), TWICE_NEW).tokens
+            for ids in prompts
+        ]
         results = []
         for each in (reference, ours):
-            error, tokens, num_held = "", list[int](), 0
+            advance(f"prompts that are already cached: {each.name}")
+            error, answers, num_held = "", list[list[int]](), 0
             try:
                 with each.session(self.model):
-                    cache = each.make(TWICE_PROMPT + TWICE_NEW)
-                    trial.generate(self.model, ids, cache, 1)  # now it holds the prompt
-                    tokens = trial.generate(self.model, ids, cache, TWICE_NEW).tokens
-                    num_held = int(cache.get_seq_length())
+                    for ids in prompts:
+                        cache = each.make(room)
+                        trial.generate(self.model, ids, cache, 1)  # now it holds the prompt
+                        answers.append(trial.generate(self.model, ids, cache, TWICE_NEW).tokens)
+                        num_held = int(cache.get_seq_length())
             except Exception as raised:  # whatever happens is the result
                 error = f"{type(raised).__name__}: {raised}"
+            same = [answer == wanted for answer, wanted in zip(answers, right, strict=False)]
+            shown = same.index(False) if False in same else 0
             results.append(
                 FedTwice(
                     name=each.name,
                     num_prompt=TWICE_PROMPT,
+                    num_prompts=TWICE_PROMPTS,
+                    num_same=sum(same),
                     num_held=num_held,
-                    num_right=TWICE_PROMPT + TWICE_NEW - 1,
-                    text=str(self.tokenizer.decode(tokens)),
-                    right_text=str(self.tokenizer.decode(right)),
-                    same=tokens == right,
+                    num_right=room - 1,  # the last token is never fed back
+                    text=self.decode(answers[shown]) if answers else "",
+                    right_text=self.decode(right[shown]),
                     error=error,
                 )
             )
         return results
 
+    def decode(self, ids: Any) -> str:
+        """Token ids as text."""
+        return str(self.tokenizer.decode(ids))
+
     def num_pieces(self) -> int:
         """How often `advance` is called, for the progress bar."""
-        per_cache = self.options.rounds + 2 + len(self.sweep_contexts())
-        return per_cache * len(self.contenders) + self.options.rounds + 2
+        per_cache = self.options.rounds + 2 + len(self.sweep_contexts()) + len(self.distances())
+        return per_cache * len(self.contenders) + self.options.rounds + 4
 
 
 def run(
@@ -317,16 +392,18 @@ def run(
         demo.main_rounds(advance)
         demo.scores(advance)
         speed = demo.sweep(advance)
+        demo.recall(advance)
         reuse = demo.reuse(advance)
         fed_twice = demo.fed_twice(advance)
-    prompt_end = str(demo.tokenizer.decode(demo.ids[0, demo.context - 60 : demo.context]))
+    prompt_end = demo.decode(demo.ids[0, demo.context - 60 : demo.context])
     return DemoResult(
         model=describe_model(loaded),
         source={"name": source.name, "tokens": demo.ids.shape[1], "characters": len(source.text)},
         settings={
             "context": demo.context,
             "new_tokens": demo.num_new,
-            "rounds": options.rounds,
+            "rounds": demo.num_rounds,
+            "recall_samples": RECALL_SAMPLES,
             "scored_tokens": SCORED_TOKENS,
             "limit": demo.limit,
         },
@@ -336,7 +413,7 @@ def run(
         reuse=reuse,
         fed_twice=fed_twice,
         prompt_end=prompt_end,
-        notes=demo.notes,
+        notes=demo.all_notes(),
         elapsed_s=time.perf_counter() - start,
     )
 

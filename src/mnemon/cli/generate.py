@@ -93,7 +93,7 @@ def command(
     show = stream and num_beams == 1 and not as_json
     done = _run(loaded, text, sampling, cache, load_cache, exact=exact, stream=show)
     if save_cache is not None:
-        done.cache.save(save_cache)
+        done.cache.save(save_cache, model=loaded.model)
     if as_json:
         output.print_json(done.to_dict(loaded.name, save_cache))
         return

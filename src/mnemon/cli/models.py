@@ -108,7 +108,7 @@ def load_model(name: str | None, *, dtype: str = "auto", device: str = "auto") -
         ModelError: it is not there, cannot be loaded, or generates no text.
     """
     source = resolve(name)
-    torch_dtype, torch_device = parse_dtype(dtype), _parse_device(device)
+    torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
@@ -146,7 +146,7 @@ def parse_dtype(text: str) -> Any:
     return getattr(torch, name)
 
 
-def _parse_device(text: str) -> Any:
+def parse_device(text: str) -> Any:
     import torch
 
     if text == "auto":
@@ -162,8 +162,12 @@ def _parse_device(text: str) -> Any:
 
 def _auto_class(config: Any, name: str) -> Any:
     """The auto class that gives this config a head which generates text."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+    )
     from transformers.models.auto import modeling_auto as auto
 
     remote = getattr(config, "auto_map", None) or {}

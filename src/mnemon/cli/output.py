@@ -21,6 +21,7 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
 _SCALE = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 _DECIMAL_SCALE = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.ASCII | re.IGNORECASE)
+_COLOUR_CODE = re.compile(r"\x1b\[\d*m")
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([km]?)", re.ASCII | re.IGNORECASE)
 
 
@@ -138,15 +139,20 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: i
         left: how many columns, from the first, align left; the others hold numbers.
     """
     cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    widths = [max(_width(row[column]) for row in cells) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        words = (
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        words = []
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            padding = " " * (width - _width(cell))
+            words.append(cell + padding if column < left else padding + cell)
         return "  ".join(words).rstrip()
 
     rule = "  ".join("─" * width for width in widths)
     body = [line(row) for row in rows]
     return "\n".join([paint(line(header), "bold"), paint(rule, "dim"), *body])
+
+
+def _width(cell: str) -> int:
+    """Columns that a cell takes: escape sequences take none."""
+    return len(_COLOUR_CODE.sub("", cell))

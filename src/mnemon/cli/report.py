@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from mnemon.cli import charts
 from mnemon.cli.contenders import REFERENCE
 from mnemon.cli.demo_result import DemoResult, FedTwice, Row
 from mnemon.cli.output import format_bytes
+from mnemon.cli.wording import milliseconds, percent, small, times
 
 __all__ = ["render", "write"]
 
@@ -36,16 +36,15 @@ def write(result: DemoResult, folder: Path) -> Path:
     """Write `report.html` into a folder, whole or not at all.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be made.
+        FileError: the file cannot be written.
     """
+    from mnemon.files.atomic import write_atomically
+
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
-    temporary = folder / f".report-{os.getpid()}.tmp"
-    try:
-        temporary.write_text(render(result), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    page = render(result).encode()
+    write_atomically(path, lambda writer: writer.write(page))
     return path
 
 
@@ -86,7 +85,8 @@ def _context(result: DemoResult) -> dict[str, Any]:
         "texts": _texts(result),
         "facts": _facts(result),
     }
-    return context | _speed(result, colours) | _reuse(result) | _recall(working, colours)
+    recall = _recall(working, colours, result.settings["recall_samples"])
+    return context | _speed(result, colours) | _reuse(result) | recall
 
 
 def _colours(rows: list[Row]) -> dict[str, int]:
@@ -108,7 +108,7 @@ def _tiles(result: DemoResult) -> list[Tile]:
         ratio = (best.tokens_per_s or 0) / reference.tokens_per_s
         tiles.append(
             Tile(
-                _times(ratio),
+                times(ratio),
                 f"the speed of {REFERENCE}: {best.tokens_per_s:.0f} tokens/s with mnemon "
                 f"“{best.name}”, {reference.tokens_per_s:.0f} without",
             )
@@ -117,9 +117,10 @@ def _tiles(result: DemoResult) -> list[Tile]:
         fresh, _, loaded = result.reuse.medians()
         tiles.append(
             Tile(
-                _times(fresh / loaded),
-                f"faster to the first token from a saved prompt: {_ms(loaded)}, loading included; "
-                f"{_ms(fresh)} computed again",
+                times(fresh / loaded),
+                "faster to the first token from a saved prompt: "
+                f"{milliseconds(loaded)}, loading included; "
+                f"{milliseconds(fresh)} computed again",
             )
         )
     if ours:
@@ -131,18 +132,17 @@ def _tiles(result: DemoResult) -> list[Tile]:
                 "of them",
             )
         )
-    if result.fed_twice:
-        right = [case.name for case in result.fed_twice if case.same and not case.error]
-        wrong = [case.name for case in result.fed_twice if case.name not in right]
-        if wrong and right:
-            tiles.append(
-                Tile(
-                    "silently wrong",
-                    f"is what {wrong[0]} makes of a prompt that it already holds; mnemon's "
-                    f"“{right[0]}” answers right",
-                    "wrong",
-                )
+    wrong = [case for case in result.fed_twice if not case.is_right and not case.error]
+    right = [case for case in result.fed_twice if case.is_right and not case.error]
+    if wrong and right:
+        tiles.append(
+            Tile(
+                "silently wrong",
+                f"is what {wrong[0].name} does with a prompt that it already holds; mnemon's "
+                f"\u201c{right[0].name}\u201d does it right",
+                "wrong",
             )
+        )
     return tiles
 
 
@@ -240,18 +240,21 @@ def _reuse(result: DemoResult) -> dict[str, Any]:
         return {}
     fresh, kept, loaded = result.reuse.medians()
     bars = [
-        charts.Bar(name="computed from nothing", value=fresh, text=_ms(fresh), colour=0),
-        charts.Bar(name="cache kept in memory", value=kept, text=_ms(kept), colour=5),
-        charts.Bar(name="cache loaded from a file", value=loaded, text=_ms(loaded), colour=7),
+        charts.Bar(name=name, value=seconds, text=milliseconds(seconds), colour=colour)
+        for name, seconds, colour in (
+            ("computed from nothing", fresh, 0),
+            ("cache kept in memory", kept, 5),
+            ("cache loaded from a file", loaded, 7),
+        )
     ]
     return {
         "reuse_chart": charts.bars(bars),
         "reuse_file": format_bytes(result.reuse.file_bytes),
-        "reuse_save": _ms(result.reuse.save_s),
+        "reuse_save": milliseconds(result.reuse.save_s),
     }
 
 
-def _recall(rows: list[Row], colours: dict[str, int]) -> dict[str, Any]:
+def _recall(rows: list[Row], colours: dict[str, int], num_samples: int) -> dict[str, Any]:
     measured = [row for row in rows if row.recall]
     if not measured:
         return {"recall_chart": None}
@@ -266,12 +269,12 @@ def _recall(rows: list[Row], colours: dict[str, int]) -> dict[str, Any]:
         ]
     )
     text = (
-        "Pairs of words are planted in a text and asked for later; the line says how many came "
-        "back right, by how many tokens ago they were seen. What the model itself cannot recall, "
+        "Words are planted in a text and asked for later; the line says how many came back right, "
+        f"by how many tokens ago they were seen ({num_samples} prompts per distance). What the model itself cannot recall, "
         "no cache can; a cache that drops or rounds too much falls below the full one."
     )
     if len(series) == 1:
-        text += " Here all caches recall the same, as lossless ones must."
+        text += " Here all caches recall the same."
     return {
         "recall_chart": charts.lines(
             series, x_label="tokens ago", y_label="recalled", y_max=1.0, y_text=percent
@@ -283,21 +286,19 @@ def _recall(rows: list[Row], colours: dict[str, int]) -> dict[str, Any]:
 
 def _fed_twice(case: FedTwice, rows: list[Row]) -> dict[str, Any]:
     library = next((row.library for row in rows if row.name == case.name), "")
-    tokens = "the right tokens" if case.same else "other tokens, without an error"
+    answers = f"{case.num_same} of {case.num_prompts} answers right"
+    if case.num_same < case.num_prompts:
+        answers += ", without an error"
     held = f"{case.num_held} tokens held"
     if case.num_held != case.num_right:
         held += f" where {case.num_right} are right"
     return {
-        "name": case.name,
+        "case": case,
+        "text": case.text.strip("\n"),
+        "right_text": case.right_text.strip("\n"),
         "library": library,
-        "num_prompt": case.num_prompt,
-        "num_held": case.num_held,
-        "num_right": case.num_right,
-        "text": case.text,
-        "right_text": case.right_text,
-        "same": case.same,
-        "error": case.error,
-        "verdict": f"{tokens}; {held}",
+        "is_wrong": case.num_same < case.num_prompts,
+        "verdict": f"{answers}; {held}",
     }
 
 
@@ -344,23 +345,3 @@ def _facts(result: DemoResult) -> list[tuple[str, str]]:
             facts.append((words.get(name, name.replace("_", " ")), shown))
     facts.append(("this run took", f"{result.elapsed_s:.0f} s"))
     return facts
-
-
-def percent(share: float) -> str:
-    """A share as a percentage that reads 100% only when it is, and 0% only when it is."""
-    if share in (0.0, 1.0):
-        return f"{100 * share:.0f}%"
-    return f"{min(max(100 * share, 0.1), 99.9):.1f}".removesuffix(".0") + "%"
-
-
-def small(value: float) -> str:
-    """A difference: 0 when it is none, else two digits."""
-    return "0" if value == 0 else f"{value:.2g}"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.1f}\u00d7" if ratio < 10 else f"{ratio:.0f}\u00d7"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.1f} ms"

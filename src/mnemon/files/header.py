@@ -51,6 +51,7 @@ __all__ = [
     "build_header",
     "check_tensor",
     "lay_out",
+    "naming",
     "open_for_reading",
     "read_header",
 ]
@@ -142,6 +143,17 @@ def build_header(metadata: Mapping[str, str], entries: Sequence[TensorEntry]) ->
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the path before the message of a `FileError`, unless it is there already."""
+    try:
+        yield
+    except FileError as error:
+        if str(error).startswith(f"{os.fspath(path)}: "):
+            raise
+        raise type(error)(f"{os.fspath(path)}: {error}") from error.__cause__
+
+
+@contextlib.contextmanager
 def open_for_reading(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], Header]]:
     """An open cache file, positioned at its tensors, and its header.
 
@@ -152,18 +164,17 @@ def open_for_reading(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], 
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for somebody to write to it.
         descriptor = os.open(shown, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotACacheFile(f"{shown}: no such file; check the path") from None
     except OSError as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise NotACacheFile(f"{shown}: no such file; check the path") from None
-        raise FileError(f"{shown}: cannot be opened ({error.strerror})") from error
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        try:
-            if not stat.S_ISREG(found.st_mode):
-                raise NotACacheFile("this is no regular file; give the path of a saved cache")
-            yield file, read_header(file, found.st_size)
-        except FileError as error:
-            raise type(error)(f"{shown}: {error}") from error.__cause__
+        raise FileError(f"{shown}: cannot be opened ({error.strerror}); check the path") from error
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
+        raise NotACacheFile(f"{shown}: this is {kind}; give the path of a saved cache")
+    with open(descriptor, "rb") as file, naming(shown):
+        yield file, read_header(file, found.st_size)
 
 
 def read_header(file: IO[bytes], size: int) -> Header:

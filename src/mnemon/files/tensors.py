@@ -17,6 +17,7 @@ from mnemon.files.header import (
     build_header,
     check_tensor,
     lay_out,
+    naming,
     open_for_reading,
 )
 
@@ -121,6 +122,7 @@ class TensorFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.expanduser(os.fspath(path))
         with open_for_reading(path) as (file, header):
             self.header: Header = header
             self.is_mapped = header.file_bytes > SMALL_BYTES
@@ -144,7 +146,8 @@ class TensorFile:
         data = memoryview(self._memory)[self._data_begin :]
         for name in names:
             if name not in self._checked:
-                check_tensor(self.header.tensors[name], data)
+                with naming(self.path):
+                    check_tensor(self.header.tensors[name], data)
                 self._checked.add(name)
 
     def tensor(self, name: str) -> torch.Tensor:

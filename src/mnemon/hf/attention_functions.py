@@ -88,17 +88,18 @@ def attention_forward(
     num_new = query.shape[2]
     if num_new == 1 or (attention_mask is not None and num_new <= FEW_ROWS):
         out = fused_attention(query, key, value, attention_mask, scaling)
-    elif query.device.type != "cpu" or query.shape[1] == key.shape[1]:
-        # Accelerators share key heads in their own kernel; without groups there is nothing to do.
+    elif (
+        attention_mask is not None
+        and key.shape[2] >= 2 * num_new
+        and query.shape[1] != key.shape[1]
+        and query.device.type == "cpu"
+    ):
+        # A chunk of a prompt on a long past: "sdpa" would repeat all keys for the query heads.
+        out = spread_attention(query, key, value, attention_mask, scaling, causal=False)
+    else:
         return _uncommon(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
-    else:
-        causal = attention_mask is None and _is_causal(module, is_causal)
-        if causal and key.shape[2] > num_new:
-            # A preallocated cache hands out its whole buffer; nothing is stored past the queries.
-            key, value = key[:, :, :num_new], value[:, :, :num_new]
-        out = spread_attention(query, key, value, attention_mask, scaling, causal)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -8,13 +8,12 @@ config object are not touched, and restoring puts the very same config objects b
 
 import copy
 import inspect
-import re
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mnemon.errors import CacheError
 from mnemon.hf.attention_functions import register
@@ -46,7 +45,7 @@ class Restore:
         """The same as `restore`."""
         self.restore()
 
-    def __enter__(self) -> "Restore":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -81,6 +80,7 @@ def enable(model: nn.Module) -> Restore:
     served: list[str] = []
     left_alone: dict[str, str] = {}
     tried: dict[tuple[type, int], str | None] = {}
+    own_configs = {id(part.config) for part in model.modules() if isinstance(part, PreTrainedModel)}
     for name, module in model.named_modules():
         code = interface_code(module)
         if code is None:
@@ -92,6 +92,9 @@ def enable(model: nn.Module) -> Restore:
             left_alone[name] = "does not ask its own config for the attention function"
             continue
         before = config._attn_implementation
+        if before in _STANDS_IN_FOR.values() and id(config) in own_configs:
+            served.append(name)  # loaded with attn_implementation="mnemon": nothing to switch
+            continue
         if before in _STANDS_IN_FOR.values():
             raise CacheError(
                 f"module {name} already uses mnemon's attention: expected a model that does not; "
@@ -136,13 +139,15 @@ def _reason_against(
 
 
 def _asks_by_name(cls: type, name: str) -> bool:
-    """Whether a class compares the implementation with a name, and so would act otherwise."""
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):
-        return True
-    compared = re.findall(r"attn_implementation\s*(?:==|!=|in|not in)\s*([^\n:]+)", source)
-    return any(f'"{name}"' in names or f"'{name}'" in names for names in compared)
+    """Whether a class reads the implementation beside a constant naming it: it may act by it."""
+    for member in vars(cls).values():
+        code = getattr(inspect.unwrap(member) if callable(member) else member, "__code__", None)
+        if code is None or "_attn_implementation" not in code.co_names:
+            continue
+        for constant in code.co_consts:
+            if constant == name or (isinstance(constant, tuple | frozenset) and name in constant):
+                return True
+    return False
 
 
 def _keeps_attention_of_its_own(module: nn.Module) -> bool:

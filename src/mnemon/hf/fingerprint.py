@@ -7,6 +7,7 @@ checkpoint or another adapter changes nearly all of them. A change of single num
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,9 +31,9 @@ _SAMPLES = 32
 _VOLATILE = frozenset(
     "architectures attn_implementation auto_map chunk_size_feed_forward dtype "
     "experts_implementation gradient_checkpointing id2label initializer_factor "
-    "initializer_range label2id num_labels output_attentions output_hidden_states output_router_logits pretraining_tp "
-    "problem_type return_dict router_aux_loss_coef task_specific_params tokenizer_class "
-    "torch_dtype transformers_version use_cache".split()
+    "initializer_range label2id num_labels output_attentions output_hidden_states "
+    "output_router_logits pretraining_tp problem_type return_dict router_aux_loss_coef "
+    "task_specific_params tokenizer_class torch_dtype transformers_version use_cache".split()
 )
 
 
@@ -43,7 +44,7 @@ class Fingerprint:
 
     Args:
         model_type: transformers' name of the architecture.
-        dtype: of the model's floating point weights, such as ``"bfloat16"``.
+        dtype: of the model's floating point weights, such as ``"bfloat16"``; empty if unknown.
         config: the part of the config that shapes the computation, as canonical JSON.
         weights: hash of the sampled weights; None when no model was at hand, only its config.
         name: where the model came from; for people, not compared.
@@ -61,7 +62,7 @@ class Fingerprint:
         return hashlib.blake2b(self.config.encode(), digest_size=8).hexdigest()
 
     def matches(self, other: Self) -> bool:
-        """Whether a cache of one may be used by the other; unknown weights match any."""
+        """Whether a cache of one may be used by the other; what is unknown matches anything."""
         return not self.differences(other)
 
     def differences(self, other: Self) -> list[str]:
@@ -74,7 +75,7 @@ class Fingerprint:
             for key in sorted(mine.keys() | theirs.keys()):
                 if mine.get(key) != theirs.get(key):
                     found.append(f"{key} {mine.get(key)!r} against {theirs.get(key)!r}")
-        if self.dtype != other.dtype:
+        if self.dtype and other.dtype and self.dtype != other.dtype:
             found.append(f"dtype {self.dtype} against {other.dtype}")
         known = self.weights is not None and other.weights is not None
         if not found and known and self.weights != other.weights:
@@ -110,7 +111,7 @@ class Fingerprint:
                         weights=weights,
                         name=found["name"],
                     )
-        raise DamagedFile("the file's model fingerprint is unreadable; save the cache again")
+        raise DamagedFile("the model's fingerprint is unreadable; save the cache again")
 
 
 def fingerprint(model: "PreTrainedModel") -> Fingerprint:
@@ -171,6 +172,8 @@ def _architecture(found: Any, volatile: frozenset[str]) -> Any:
         return [_architecture(value, volatile) for value in found]
     if isinstance(found, set | frozenset):
         return sorted(str(value) for value in found)
+    if isinstance(found, float) and not math.isfinite(found):
+        return str(found)  # JSON has no infinity; Mamba's time step limit is one
     return found if isinstance(found, str | int | float | bool | None) else str(found)
 
 
@@ -229,10 +232,11 @@ def _chosen(names: list[str]) -> frozenset[int]:
 
 def _plain(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of ordinary memory behind one weight (a quantized one may have several)."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
+    wrapper: Any = tensor
+    if is_traceable_wrapper_subclass(wrapper):
+        names, _ = wrapper.__tensor_flatten__()
         for inner in names:
-            yield from _plain(f"{name}.{inner}", getattr(tensor, inner))
+            yield from _plain(f"{name}.{inner}", getattr(wrapper, inner))
     else:
         yield name, tensor.detach().as_subclass(torch.Tensor)
 

@@ -16,8 +16,8 @@ __all__ = [
     "CACHE_NAMES",
     "Prompt",
     "Stream",
-    "forward_inputs",
     "consumed_with_prompt",
+    "forward_inputs",
     "is_plain_text",
     "named_arguments",
     "other_tensors",
@@ -55,13 +55,18 @@ _NOT_CONTENT: Final = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
-    """Names under which a model's forward takes the tokens that its self-attention caches."""
+    """Names under which a model's forward takes the tokens that its self-attention caches.
+
+    Args:
+        takes_own_mask: the mask covers the tokens of the forward only, not those cached before.
+    """
 
     cache: str
     ids: str
     embeds: str
     mask: str
     positions: str
+    takes_own_mask: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,26 +104,36 @@ def stream(model: PreTrainedModel) -> Stream:
         embeds=f"{prefix}inputs_embeds",
         mask=f"{prefix}attention_mask",
         positions=f"{prefix}position_ids",
+        takes_own_mask=cache == CACHE_NAMES[1],
     )
 
 
 def named_arguments(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    method: Callable[..., Any],
 ) -> dict[str, Any]:
-    """`args` and `kwargs` as one dict by parameter name.
+    """`args` and `kwargs` of `function` as one dict by parameter name.
+
+    Args:
+        method: the class's own (unbound) method that names them if `function` takes ``*args``.
 
     Raises:
-        TypeError: more positional arguments than `function` takes, or one given twice.
+        TypeError: more positional arguments than there are parameters, or one given twice.
     """
     if not args:
         return dict(kwargs)
-    parameters = inspect.signature(function).parameters.values()
-    names = [
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
-        function(*args, **kwargs)  # raises Python's own TypeError
-        raise TypeError("Arguments that do not fit the function's signature.")
+    parameters = list(inspect.signature(function).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        parameters = list(inspect.signature(method).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    twice = [name for name in names[: len(args)] if name in kwargs]
+    if len(args) > len(names) or twice:
+        raise TypeError(
+            f"{len(args)} positional arguments came for {names}"
+            + (f", and {twice} also by name." if twice else ".")
+        )
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
@@ -144,13 +159,14 @@ def read_prompt(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Prompt:
     start token.
     """
     names = stream(model)
+    ids: torch.Tensor | None
+    embeds: torch.Tensor | None
     if model.config.is_encoder_decoder:
         ids, embeds = _decoder_ids(model, arguments), None
     else:
-        main = model.main_input_name
-        ids = arguments.get("input_ids")
-        ids = arguments.get("inputs") if ids is None and main == "input_ids" else ids
-        embeds = arguments.get(names.embeds)
+        ids, embeds = arguments.get("input_ids"), arguments.get(names.embeds)
+        if ids is None and model.main_input_name == "input_ids":
+            ids = arguments.get("inputs")
     expand = max(
         int(setting(model, arguments, "num_beams", 1)),
         int(setting(model, arguments, "num_return_sequences", 1)),
@@ -172,7 +188,7 @@ def read_prompt(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Prompt:
         mask = torch.nn.functional.pad(mask, (1, 0), value=1)
     return Prompt(
         ids=None if unreadable else ids,
-        mask=mask,
+        mask=(mask != 0).long(),
         num_tokens=max(mask.shape[1], shape[1]),
         num_given=shape[1],
         batch_size=shape[0],
@@ -199,15 +215,12 @@ def other_tensors(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[
     return found
 
 
-def is_plain_text(
-    model: PreTrainedModel, arguments: Mapping[str, Any], prompt: Prompt
-) -> bool:
+def is_plain_text(model: PreTrainedModel, arguments: Mapping[str, Any], prompt: Prompt) -> bool:
     """Whether the prompt can be computed in pieces from ids and mask alone."""
     per_token = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
     return (
         not model.config.is_encoder_decoder
         and prompt.ids is not None
-        and prompt.num_given == prompt.num_tokens
         and arguments.get("inputs_embeds") is None
         and all(arguments.get(name) is None for name in per_token)
         and not other_tensors(model, arguments)
@@ -270,7 +283,7 @@ def forward_inputs(
     inputs: dict[str, Any] = {names.cache: cache, "use_cache": True}
     if mask is not None and "attention_mask" in inspect.signature(model.forward).parameters:
         # Attention wants the mask of all keys; a purely recurrent model the mask of what it reads.
-        first = start if names.cache == CACHE_NAMES[1] else 0
+        first = start if names.takes_own_mask else 0
         inputs["attention_mask"] = mask[:, first:stop]
     if positions is not None:
         inputs["position_ids"] = positions[..., start:stop]
@@ -278,7 +291,9 @@ def forward_inputs(
         inputs["logits_to_keep"] = 1
     chunk = ids[:, start:stop]
     if isinstance(model, GenerationMixin):
-        inputs = model.prepare_inputs_for_generation(chunk, is_first_iteration=True, **inputs)
+        # Its `self` and ids have types of their own.
+        prepare: Any = model.prepare_inputs_for_generation  # type: ignore[misc]
+        inputs = prepare(chunk, is_first_iteration=True, **inputs)
     else:
         inputs["input_ids"] = chunk
     return inputs | {"return_dict": True}

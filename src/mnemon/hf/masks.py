@@ -16,7 +16,7 @@ ATTENTION_NAME = "mnemon"
 """Stands in for "sdpa": bool masks, and None where causality or nothing at all says the same."""
 
 EAGER_NAME = "mnemon_eager"
-"""Stands in for "eager" (soft-capping, sinks): additive masks, None only where nothing is masked."""
+"""Stands in for "eager" (soft-capping, sinks): additive masks."""
 
 
 def attention_mask(**sizes: Any) -> torch.Tensor | None:

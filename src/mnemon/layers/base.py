@@ -54,9 +54,7 @@ class CacheLayer(ABC):
     # -- keys and values -----------------------------------------------------------------------
 
     @abstractmethod
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store ``[batch, kv_heads, new, head_dim]`` and return what attention reads.
 
         A batch of n rows that meets one stored row repeats the stored row.
@@ -259,16 +257,20 @@ class CacheLayer(ABC):
 
 
 def row_index(index: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """`index` as int64 row numbers; a bool mask is turned into positions.
+    """`index` as int64 row numbers >= 0; -1 is the last row, a bool mask names rows to keep.
 
     Raises:
         CacheError: not one-dimensional, or out of range.
     """
     index = torch.as_tensor(index)
-    if index.ndim != 1:
-        raise CacheError(f"Rows are given as a 1-D tensor; got shape {tuple(index.shape)}.")
+    if index.ndim != 1 or index.is_floating_point():
+        raise CacheError(
+            f"Rows are given as a 1-D tensor of int or bool; got {index.dtype} {list(index.shape)}."
+        )
     if index.dtype == torch.bool:
-        index = index.nonzero().squeeze(-1)
+        if index.shape[0] != batch_size:
+            raise CacheError(f"A mask of {index.shape[0]} rows came; the cache has {batch_size}.")
+        return index.nonzero().squeeze(-1)
     # Asking for the extremes of a tensor on an accelerator would stop the host.
     if index.device.type == "cpu" and index.numel():
         low, high = int(index.min()), int(index.max())
@@ -276,4 +278,6 @@ def row_index(index: torch.Tensor, batch_size: int) -> torch.Tensor:
             raise CacheError(
                 f"Row {low if low < -batch_size else high} asked for; the cache has {batch_size}."
             )
-    return index.to(torch.int64)
+        if low >= 0:
+            return index.to(torch.int64)
+    return index.to(torch.int64).remainder(max(batch_size, 1))

@@ -36,13 +36,30 @@ class ForeignLayer(CacheLayer):
             raise AttributeError(name)
         return getattr(self._inner, name)
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check_append(keys, values)
         result: tuple[torch.Tensor, torch.Tensor] = self._inner.update(keys, values)
         return result
 
+    def _check_append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        held = self.view()
+        rows = self.batch_size
+        fits = keys.shape[:-1] == values.shape[:-1]
+        if held is not None and held[0].ndim == 4:  # lazily made tensors are flat and empty
+            for old, new in zip(held, (keys, values), strict=True):
+                fits = fits and old.shape[1] == new.shape[1] and old.shape[3] == new.shape[3]
+        if not fits or rows not in (-1, 1, keys.shape[0]):
+            shapes = "nothing" if held is None else [list(one.shape) for one in held]
+            raise CacheError(
+                f"A {type(self._inner).__name__} holds {shapes} and keys {list(keys.shape)}, "
+                f"values {list(values.shape)} came: another batch, or another model's layer."
+            )
+        if rows == 1 and keys.shape[0] != 1:
+            self.repeat(keys.shape[0])
+
     def update_indexer(self, indexer_keys: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self._inner, "update_indexer"):
+            return super().update_indexer(indexer_keys)
         result: torch.Tensor = self._inner.update_indexer(indexer_keys)
         return result
 
@@ -77,7 +94,7 @@ class ForeignLayer(CacheLayer):
     def can_crop(self, num_tokens: int) -> bool:
         if num_tokens == 0:
             return True
-        return self.is_croppable and num_tokens <= self.num_tokens
+        return self.is_croppable and 0 <= num_tokens <= self.num_tokens
 
     def crop(self, num_tokens: int) -> None:
         self._check_count(num_tokens)
@@ -168,8 +185,8 @@ class ForeignLayer(CacheLayer):
                 f"A saved layer of class {state.meta.get('class')!r} does not fit a "
                 f"{type(self._inner).__name__}."
             )
-        self.reset()
-        fields = self._inner.__dict__
+        inner = self._make()
+        fields = inner.__dict__
         for path, value in [*state.tensors.items(), *state.meta.items()]:
             name, _, key = path.partition(".")
             if path == "class":
@@ -183,6 +200,7 @@ class ForeignLayer(CacheLayer):
         keys = fields.get("keys")
         if keys is not None:
             fields["dtype"], fields["device"] = keys.dtype, keys.device
+        self._inner = inner
 
     @property
     def nbytes(self) -> int:

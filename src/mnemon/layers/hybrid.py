@@ -54,9 +54,7 @@ class HybridLayer(CacheLayer):
         indexer = next((part for part in rest if isinstance(part, IndexerLayer)), None)
         return HybridLayer(attention, recurrent=recurrent, indexer=indexer)
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.attention.append(keys, values)
 
     def update_conv_state(
@@ -164,6 +162,11 @@ class HybridLayer(CacheLayer):
             part.select(index)
 
     def merge(self, others: Sequence["HybridLayer"]) -> "HybridLayer":
+        if any(layer.kind != self.kind for layer in others):
+            raise CacheError("Cannot merge a hybrid layer with another kind: other models.")
+        layouts = {tuple(part.kind for part in layer.parts) for layer in (self, *others)}
+        if len(layouts) > 1:
+            raise CacheError(f"Cannot merge layers of {sorted(layouts)}: other models.")
         columns = zip(*(layer.parts for layer in (self, *others)), strict=True)
         return self._like([column[0].merge(column[1:]) for column in columns])
 
@@ -182,8 +185,14 @@ class HybridLayer(CacheLayer):
             raise CacheError(
                 f"A saved hybrid layer has {len(state.parts)} parts, this one {len(self.parts)}."
             )
-        for part, saved in zip(self.parts, state.parts, strict=True):
-            part.load_state(saved)
+        before = self._like([part.fork() for part in self.parts])
+        try:
+            for part, saved in zip(self.parts, state.parts, strict=True):
+                part.load_state(saved)
+        except CacheError:
+            self.attention, self.recurrent = before.attention, before.recurrent
+            self.indexer = before.indexer
+            raise
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from mnemon.errors import CacheError, UnsupportedVerb
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
 from mnemon.layers.static_storage import StaticBuffer
 from mnemon.layers.storage import TokenBuffer
-from mnemon.layers.tokens import check_mergeable, stack_right
+from mnemon.layers.tokens import check_mergeable, make_fit, stack_right
 
 __all__ = ["IndexerLayer"]
 
@@ -37,17 +37,15 @@ class IndexerLayer(CacheLayer):
 
     def update_indexer(self, indexer_keys: torch.Tensor) -> torch.Tensor:
         """Append ``[batch, new, index_dim]``; returns what the indexer reads."""
-        if self._buffer.batch_size == 1 and indexer_keys.shape[0] > 1:
-            self.repeat(indexer_keys.shape[0])
+        if not self._buffer.fits(indexer_keys):
+            make_fit(self, (self._buffer, indexer_keys))
         return self._buffer.append(indexer_keys)
 
     @property
     def indexer_keys(self) -> torch.Tensor | None:
         return self._buffer.view()
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise UnsupportedVerb("An indexer keeps no keys and values: no append().")
 
     def view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -65,6 +63,8 @@ class IndexerLayer(CacheLayer):
         return self._buffer.reading_length(num_new), 0
 
     def can_crop(self, num_tokens: int) -> bool:
+        if self._buffer.is_empty:  # its model has not used it: nothing to take back
+            return num_tokens >= 0
         return 0 <= num_tokens <= len(self._buffer)
 
     def crop(self, num_tokens: int) -> None:
@@ -73,7 +73,7 @@ class IndexerLayer(CacheLayer):
             raise CacheError(
                 f"Cannot remove {num_tokens} tokens from an indexer of {len(self._buffer)}."
             )
-        if num_tokens:
+        if num_tokens and not self._buffer.is_empty:
             self._buffer.crop(num_tokens)
             if self.indexer_position_ids is not None:
                 self.indexer_position_ids = self.indexer_position_ids[..., :-num_tokens]
@@ -147,11 +147,11 @@ class IndexerLayer(CacheLayer):
         self._check_state(state)
         if set(state.tensors) - {"indexer_keys", "indexer_position_ids"}:
             raise CacheError(f"A saved indexer has tensors {sorted(state.tensors)}.")
+        keys = state.tensors.get("indexer_keys")
+        if keys is not None and keys.ndim != 3:
+            raise CacheError(f"Saved indexer keys have shape {list(keys.shape)}; expected 3-D.")
         self.reset()
-        if "indexer_keys" in state.tensors:
-            keys = state.tensors["indexer_keys"]
-            if keys.ndim != 3:
-                raise CacheError(f"Saved indexer keys have shape {list(keys.shape)}; expected 3-D.")
+        if keys is not None:
             self._buffer.adopt(keys)
         self.indexer_position_ids = state.tensors.get("indexer_position_ids")
 

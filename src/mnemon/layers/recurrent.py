@@ -11,6 +11,9 @@ from mnemon.layers.tokens import check_mergeable
 
 __all__ = ["RecurrentLayer"]
 
+#: Convolution columns that recording keeps besides the kernel, when nobody calls `crop`.
+MAX_RECORDED = 1024
+
 
 @final
 class RecurrentLayer(CacheLayer):
@@ -35,6 +38,7 @@ class RecurrentLayer(CacheLayer):
         self._kernel: dict[int, int] = {}
         self._recurrent: dict[int, torch.Tensor] = {}
         self._has_state = dict.fromkeys(range(num_states), False)
+        self._cut: set[int] = set()  # convolution states that older columns were cut from
         self._recording = False
 
     # -- states ----------------------------------------------------------------------------------
@@ -47,23 +51,30 @@ class RecurrentLayer(CacheLayer):
             self._kernel[state_idx] = conv_kernel_size or conv_states.shape[-1]
         kernel = self._kernel[state_idx]
         if self._has_state[state_idx]:
-            past = self._rows_for(self._conv, state_idx, conv_states.shape[0])
+            past = self._rows_for(self._conv, state_idx, conv_states, slice(1, -1))
             columns = torch.cat([past, conv_states], dim=-1)
         else:
             columns = conv_states
             if not self._recording and columns.shape[-1] < kernel:
                 columns = torch.nn.functional.pad(columns, (kernel - columns.shape[-1], 0))
         self._has_state[state_idx] = True
+        kept = kernel
         if self._recording:
-            self._conv[state_idx] = columns
+            kept += max(MAX_RECORDED, conv_states.shape[-1])
+        if columns.shape[-1] > kept:
+            self._cut.add(state_idx)
+        if self._recording:
+            self._conv[state_idx] = columns[..., -kept:]
         else:
-            self._store(self._conv, state_idx, columns[..., -kernel:])
+            self._store(self._conv, state_idx, columns[..., -kept:])
         return columns
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0
     ) -> torch.Tensor:
         """Replace the recurrent state ``[batch, ...]``."""
+        if state_idx in self._recurrent:
+            self._rows_for(self._recurrent, state_idx, recurrent_states, slice(1, None))
         self._store(self._recurrent, state_idx, recurrent_states)
         return self._recurrent[state_idx]
 
@@ -89,10 +100,17 @@ class RecurrentLayer(CacheLayer):
                 torch._dynamo.mark_static_address(states[state_idx])
 
     def _rows_for(
-        self, states: dict[int, torch.Tensor], state_idx: int, batch_size: int
+        self, states: dict[int, torch.Tensor], state_idx: int, new: torch.Tensor, fixed: slice
     ) -> torch.Tensor:
-        if states[state_idx].shape[0] == 1 and batch_size > 1:
-            self.repeat(batch_size)
+        """The state that `new` follows; one row serves a whole batch. `fixed` dimensions agree."""
+        old = states[state_idx]
+        if old.shape[fixed] != new.shape[fixed] or old.shape[0] not in (1, new.shape[0]):
+            raise CacheError(
+                f"The layer holds a state {list(old.shape)} and {list(new.shape)} came: another "
+                f"batch, or another model's layer. Only a cache of one row repeats itself."
+            )
+        if old.shape[0] != new.shape[0]:
+            self.repeat(new.shape[0])
         return states[state_idx]
 
     def conv_state(self, state_idx: int = 0) -> torch.Tensor | None:
@@ -117,9 +135,7 @@ class RecurrentLayer(CacheLayer):
 
     # -- the contract ----------------------------------------------------------------------------
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise UnsupportedVerb("A recurrent layer keeps states, not keys and values: no append().")
 
     def view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -137,11 +153,15 @@ class RecurrentLayer(CacheLayer):
         return num_new, 0
 
     def can_crop(self, num_tokens: int) -> bool:
-        if num_tokens == 0 or not any(self._has_state.values()):
-            return True
-        if self._recurrent or not self._recording or num_tokens < 0:
+        if num_tokens <= 0 or not any(self._has_state.values()):
+            return num_tokens >= 0
+        if self._recurrent or not self._recording:
             return False
-        return all(conv.shape[-1] - num_tokens >= 0 for conv in self._conv.values())
+        # Where nothing was cut, what lies before the first column is zeros.
+        return all(
+            conv.shape[-1] - num_tokens >= (self._kernel[key] if key in self._cut else 0)
+            for key, conv in self._conv.items()
+        )
 
     @property
     def is_croppable(self) -> bool:
@@ -151,12 +171,14 @@ class RecurrentLayer(CacheLayer):
     def crop(self, num_tokens: int) -> None:
         self._check_count(num_tokens)
         if not self.can_crop(num_tokens):
-            why = "a recurrent state summarises all tokens" if self._recurrent else "not recorded"
+            why = "a recurrent state summarises all tokens"
+            if not self._recurrent:
+                why = "older convolution columns are gone (see activate_past_recording)"
             raise CacheError(
                 f"Cannot remove {num_tokens} tokens from a recurrent layer: {why}. fork() before "
                 f"what may have to be taken back, or reset() and prefill again."
             )
-        if num_tokens:
+        if num_tokens and self._recording:
             for state_idx, conv in self._conv.items():
                 self._conv[state_idx] = conv[..., : conv.shape[-1] - num_tokens]
         self._commit()
@@ -165,6 +187,7 @@ class RecurrentLayer(CacheLayer):
         for state_idx, conv in self._conv.items():
             kernel = self._kernel[state_idx]
             if conv.shape[-1] > kernel:
+                self._cut.add(state_idx)
                 self._conv[state_idx] = conv[..., -kernel:].contiguous()
             elif conv.shape[-1] < kernel:
                 missing = kernel - conv.shape[-1]
@@ -177,6 +200,7 @@ class RecurrentLayer(CacheLayer):
         self._conv.clear()
         self._recurrent.clear()
         self._kernel.clear()
+        self._cut.clear()
         self._has_state = dict.fromkeys(range(self.num_states), False)
         self._recording = False
 
@@ -200,18 +224,23 @@ class RecurrentLayer(CacheLayer):
         layers = [self, *others]
         merged = RecurrentLayer(self.num_states)
         if check_mergeable(layers):
-            if any(layer._has_state != self._has_state for layer in layers):
-                raise CacheError("Cannot merge recurrent layers of which some states are missing.")
+            facts = [
+                (one._has_state, one._kernel, one._conv.keys(), one._recurrent.keys())
+                for one in layers
+            ]
+            if any(fact != facts[0] for fact in facts):
+                raise CacheError("Cannot merge recurrent layers that hold different states.")
             merged._has_state = dict(self._has_state)
             merged._kernel = dict(self._kernel)
+            merged._cut = set(self._conv)
             for name in ("_conv", "_recurrent"):
                 for state_idx in getattr(self, name):
                     parts = [getattr(layer, name)[state_idx] for layer in layers]
-                    if len({tuple(part.shape[1:]) for part in parts}) > 1:
+                    if len({(part.shape[1:], part.dtype, part.device) for part in parts}) > 1:
                         raise CacheError(
-                            f"Cannot merge states of shapes "
-                            f"{[list(part.shape) for part in parts]}: other models, or recording "
-                            f"is on in some of them."
+                            f"Cannot merge states "
+                            f"{[f'{part.dtype} {list(part.shape)}' for part in parts]}: other "
+                            f"models or devices, or recording is on in some of them."
                         )
                     getattr(merged, name)[state_idx] = torch.cat(parts)
         return merged
@@ -227,6 +256,7 @@ class RecurrentLayer(CacheLayer):
         other._conv = {key: state.clone() for key, state in self._conv.items()}
         other._recurrent = {key: state.clone() for key, state in self._recurrent.items()}
         other._kernel = dict(self._kernel)
+        other._cut = set(self._cut)
         other._has_state = dict(self._has_state)
         other._recording = self._recording
         return other
@@ -249,14 +279,22 @@ class RecurrentLayer(CacheLayer):
                 f"A saved recurrent layer has {state.meta['num_states']} states, this one "
                 f"{self.num_states}."
             )
-        self.reset()
+        kernel = {int(key): int(size) for key, size in state.meta["kernel"].items()}
+        saved: dict[str, dict[int, torch.Tensor]] = {"conv": {}, "recurrent": {}}
         for name, tensor in state.tensors.items():
             role, _, key = name.partition(".")
-            if role not in ("conv", "recurrent") or not key.isdecimal():
-                raise CacheError(f"A saved recurrent layer has a tensor {name!r}.")
+            known = role in saved and key.isdecimal() and int(key) < self.num_states
+            if not known or tensor.ndim < 2 or (role == "conv" and int(key) not in kernel):
+                raise CacheError(
+                    f"A saved recurrent layer has a tensor {name!r} of shape {list(tensor.shape)}."
+                )
+            if role == "conv":
+                tensor = tensor[..., -kernel[int(key)] :]
             # Copied: states are small and are written in place.
-            {"conv": self._conv, "recurrent": self._recurrent}[role][int(key)] = tensor.clone()
-        self._kernel = {int(key): int(size) for key, size in state.meta["kernel"].items()}
+            saved[role][int(key)] = tensor.clone(memory_format=torch.contiguous_format)
+        self.reset()
+        self._conv, self._recurrent, self._kernel = saved["conv"], saved["recurrent"], kernel
+        self._cut = set(self._conv)
         self._has_state = {key: bool(flag) for key, flag in enumerate(flags)}
 
     @property

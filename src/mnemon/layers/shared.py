@@ -20,9 +20,7 @@ class SharedLayer(CacheLayer):
     is_compileable = True
     counts_tokens = False
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise UnsupportedVerb(
             "This layer shares another layer's keys and values (or has no attention); its model "
             "must not append to it."

@@ -15,18 +15,19 @@ __all__ = ["StaticBuffer"]
 
 @final
 class StaticBuffer:
-    """A tensor ``[batch, ..., capacity, width]`` filled from the front; same verbs as `TokenBuffer`.
+    """A tensor ``[batch, ..., capacity, width]`` filled from the front; `TokenBuffer`'s verbs.
 
     Args:
         capacity: tokens that fit.
     """
 
-    __slots__ = ("__weakref__", "_data", "_length", "capacity", "counter")
+    __slots__ = ("__weakref__", "_data", "_idle", "_length", "capacity", "counter")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._data: torch.Tensor | None = None
         self._length: int | None = 0
+        self._idle = False  # cleared: the memory waits for another batch
         self.counter: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -37,27 +38,56 @@ class StaticBuffer:
 
     @property
     def is_empty(self) -> bool:
-        return self._data is None
+        return self._data is None or self._idle
 
     @property
     def batch_size(self) -> int:
-        return -1 if self._data is None else int(self._data.shape[0])
+        return -1 if self._data is None or self._idle else int(self._data.shape[0])
 
     def reading_length(self, num_new: int) -> int:
         """Attention reads the whole buffer; the mask hides what is not filled."""
         return self.capacity
 
-    @property
-    def fixed(self) -> bool:
-        return True
+    def fits(self, new: torch.Tensor) -> bool:
+        """Whether `new` goes behind what is filled as it is: rows, heads, width and dtype."""
+        data = self._data
+        if data is None or self._idle:
+            return False
+        held, shape = data.shape, new.shape
+        return shape[:-2] == held[:-2] and shape[-1] == held[-1] and new.dtype is data.dtype
+
+    def promote(self, dtype: torch.dtype) -> None:
+        """Nothing: `check_dtype` refused another dtype, because the address cannot change."""
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise `CacheError` unless `dtype` is the one that is held."""
+        data = None if self._idle else self._data
+        if data is not None and dtype != data.dtype:
+            raise CacheError(
+                f"The static cache holds {data.dtype} and {dtype} came. Its memory cannot change; "
+                f"convert what comes, or use the default recipe, which promotes."
+            )
+
+    def check_room(self, num_new: int) -> None:
+        """Raise `CapacityError` unless `num_new` tokens fit."""
+        if not torch.compiler.is_compiling() and len(self) + num_new > self.capacity:
+            raise self._full(num_new)
+
+    def _full(self, num_new: int) -> CapacityError:
+        return CapacityError(
+            f"A static cache of {self.capacity} tokens holds {len(self)} and {num_new} more came. "
+            f"Use a larger static(n), or the default recipe, which grows."
+        )
 
     def view(self) -> torch.Tensor | None:
         """What attention reads: the whole buffer, ``[batch, ..., capacity, width]``."""
-        return self._data
+        return None if self._idle else self._data
 
     def live(self) -> torch.Tensor | None:
         """The filled part, ``[batch, ..., tokens, width]``; None before the first append."""
-        return None if self._data is None else self._data.narrow(-2, 0, len(self))
+        if self._data is None or self._idle:
+            return None
+        return self._data.narrow(-2, 0, len(self))
 
     @property
     def nbytes(self) -> int:
@@ -71,14 +101,16 @@ class StaticBuffer:
     def append(self, new: torch.Tensor) -> torch.Tensor:
         """Write `new` ``[batch, ..., new, width]`` behind what is filled; return the whole buffer.
 
+        Rows, heads, width and dtype are those of what is held (the caller asked `fits`).
+
         Raises:
             CapacityError: no room (in a compiled graph torch raises its own index error).
-            CacheError: another shape or dtype.
         """
-        if self._data is None:
+        if self._data is None or self._idle:
             self._allocate(new)
         data, counter = self._data, self.counter
-        assert data is not None and counter is not None
+        assert data is not None
+        assert counter is not None
         num_new = new.shape[-2]
         if torch.compiler.is_compiling():
             positions = torch.arange(num_new, device=data.device) + counter
@@ -86,17 +118,9 @@ class StaticBuffer:
             counter.add_(num_new)
             self._length = None
             return data
-        if new.dtype != data.dtype or new.shape[:-2] != data.shape[:-2]:
-            raise CacheError(
-                f"The static cache holds {data.dtype} {list(data.shape)} and {new.dtype} "
-                f"{list(new.shape)} came: another batch, dtype, or another model's layer."
-            )
         stop = len(self) + num_new
         if stop > self.capacity:
-            raise CapacityError(
-                f"A static cache of {self.capacity} tokens holds {len(self)} and {num_new} more "
-                f"came. Use a larger static(n), or the default recipe, which grows."
-            )
+            raise self._full(num_new)
         data.narrow(-2, stop - num_new, num_new).copy_(new)
         self._set_length(stop)
         return data
@@ -152,6 +176,7 @@ class StaticBuffer:
         if self._data is not None:
             self._data.zero_()
             self._set_length(0)
+            self._idle = True
 
     def _set_length(self, length: int) -> None:
         assert self.counter is not None
@@ -160,6 +185,10 @@ class StaticBuffer:
 
     def _allocate(self, like: torch.Tensor) -> None:
         shape = (*like.shape[:-2], self.capacity, like.shape[-1])
+        idle, self._idle = self._idle, False
+        data = self._data
+        if idle and data is not None and data.shape == shape and data.dtype == like.dtype:
+            return  # zeroed by clear(), and at the address that a compiled graph knows
         compiling = torch.compiler.is_compiling()
         # Zeros, not garbage: masked scores of NaN would poison a softmax.
         if compiling:

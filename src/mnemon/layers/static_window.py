@@ -8,7 +8,7 @@ import torch
 from mnemon.errors import CacheError, UnsupportedVerb
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
 from mnemon.layers.static_storage import StaticBuffer
-from mnemon.layers.tokens import check_mergeable, gather_state, match_batch, stack_right
+from mnemon.layers.tokens import check_mergeable, check_windows, gather_state, make_fit, stack_right
 
 __all__ = ["StaticWindowLayer"]
 
@@ -37,16 +37,20 @@ class StaticWindowLayer(CacheLayer):
         self._seen: int | None = 0
         self._seen_counter: torch.Tensor | None = None
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_new = keys.shape[-2]
+        if (
+            not self._keys.fits(keys)
+            or not self._values.fits(values)
+            or values.shape[-2] != num_new
+        ):
+            make_fit(self, (self._keys, keys), (self._values, values), evicts=True)
         if torch.compiler.is_compiling() and not self._keys.is_empty and num_new == 1:
             return self._append_compiled(keys, values)
-        if not self._keys.is_empty and self._keys.batch_size != keys.shape[0]:
-            match_batch(self, keys.shape[0])
         seen = self.num_tokens
-        if seen + num_new <= self.window:
+        if num_new == 0 and seen > self.window:
+            result = self._past(self._keys), self._past(self._values)
+        elif seen + num_new <= self.window:
             result = self._keys.append(keys), self._values.append(values)
         else:
             past = min(seen, self.window - 1)
@@ -56,6 +60,12 @@ class StaticWindowLayer(CacheLayer):
             )
         self._set_seen(seen + num_new)
         return result
+
+    def _past(self, buffer: StaticBuffer) -> torch.Tensor:
+        """What the next token still sees."""
+        live = buffer.live()
+        assert live is not None
+        return live.narrow(-2, live.shape[-2] - (self.window - 1), self.window - 1)
 
     def _slide(self, buffer: StaticBuffer, new: torch.Tensor, past: int) -> torch.Tensor:
         live = buffer.live()
@@ -185,6 +195,7 @@ class StaticWindowLayer(CacheLayer):
         layers = [self, *others]
         merged = StaticWindowLayer(self.window)
         if check_mergeable(layers):
+            check_windows([layer.window for layer in layers])
             seen = max(layer.num_tokens for layer in layers)
             stored = min(seen, self.window)
             merged._keys.replace(stack_right([one._keys.live() for one in layers], stored))

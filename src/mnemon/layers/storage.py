@@ -34,7 +34,18 @@ class _Storage:
     read, never written.
     """
 
-    __slots__ = ("__weakref__", "borrowed", "capacity", "data", "mapping", "tip", "users")
+    __slots__ = (
+        "__weakref__",
+        "borrowed",
+        "capacity",
+        "data",
+        "dtype",
+        "lead",
+        "mapping",
+        "tip",
+        "users",
+        "width",
+    )
 
     def __init__(
         self,
@@ -45,6 +56,10 @@ class _Storage:
         borrowed: bool = False,
     ) -> None:
         self.data = data
+        # What every append compares with: attributes, because `data.shape` costs as much again.
+        self.dtype = data.dtype
+        self.lead = data.shape[:-2]
+        self.width = data.shape[-1]
         self.capacity = data.shape[-2]
         self.tip = tip
         self.mapping = mapping
@@ -91,9 +106,34 @@ class TokenBuffer:
         """Tokens that `append` of `num_new` will return."""
         return self._end - self._start + num_new
 
-    @property
-    def fixed(self) -> bool:
-        return False
+    def fits(self, new: torch.Tensor) -> bool:
+        """Whether `new` goes behind the live tokens as it is: rows, heads, width and dtype."""
+        storage = self._storage
+        if storage is None:
+            return False
+        shape = new.shape
+        return (
+            shape[:-2] == storage.lead and shape[-1] == storage.width and new.dtype is storage.dtype
+        )
+
+    def promote(self, dtype: torch.dtype) -> None:
+        """Hold a dtype that also holds `dtype`, as ``torch.cat`` would."""
+        live = self.live()
+        if live is None:
+            return
+        promoted = torch.promote_types(live.dtype, dtype)
+        if promoted is live.dtype:
+            return
+        if torch.is_grad_enabled() and live.requires_grad:
+            self.adopt(live.to(promoted))
+        else:
+            self._adopt(live.to(promoted), reserve=not self._exact)
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Nothing: this buffer promotes."""
+
+    def check_room(self, num_new: int) -> None:
+        """Nothing: this buffer grows."""
 
     def view(self) -> torch.Tensor | None:
         """What attention reads: here the live tokens."""
@@ -127,15 +167,12 @@ class TokenBuffer:
     def append(self, new: torch.Tensor) -> torch.Tensor:
         """Write `new` ``[batch, ..., new, width]`` behind the live tokens and return those.
 
-        Raises:
-            CacheError: other rows, heads or width than the live tokens have.
+        Rows, heads and width are those of the live tokens (the caller asked `fits`).
         """
         storage, end = self._storage, self._end
         if storage is None:
             return self._append_functional(new)
         data, num_new = storage.data, new.shape[-2]
-        if new.dtype is not data.dtype or new.shape[:-2] != data.shape[:-2]:
-            return self._append_unlike(new)
         if torch.is_grad_enabled() and (new.requires_grad or data.requires_grad):
             return self._append_functional(new)
         if end + num_new > storage.capacity or storage.tip != end:
@@ -159,6 +196,9 @@ class TokenBuffer:
 
     def crop(self, num_tokens: int) -> None:
         """Let go of the newest tokens."""
+        storage = self._storage
+        if storage is not None and storage.tip == self._end and not storage.is_shared:
+            storage.tip -= num_tokens  # ours alone: the next append may write there
         self._end -= num_tokens
 
     def gather_rows(self, index: torch.Tensor) -> None:
@@ -229,28 +269,11 @@ class TokenBuffer:
         assert result is not None
         return result
 
-    def _append_unlike(self, new: torch.Tensor) -> torch.Tensor:
-        """Another dtype is promoted as ``torch.cat`` would; another shape is an error."""
-        live = self.live()
-        assert live is not None
-        if new.shape[:-2] != live.shape[:-2] or new.shape[-1] != live.shape[-1]:
-            raise CacheError(
-                f"The cache holds {_without_tokens(live)} [batch, heads, width] and "
-                f"{_without_tokens(new)} came: another batch, or another model's layer."
-            )
-        self._adopt(torch.cat([live, new], dim=-2), reserve=not self._exact)
-        result = self.live()
-        assert result is not None
-        return result
-
     @torch.compiler.disable
     def _make_room(self, num_new: int) -> _Storage:
         """Storage whose tip is this buffer's end and that holds `num_new` more tokens."""
         storage = self._storage
         assert storage is not None
-        if not storage.is_shared and self._end + num_new <= storage.capacity:
-            storage.tip = self._end  # cropped: nobody else needs what lies behind
-            return storage
         view = self.live()
         assert view is not None
         live = view.shape[-2]
@@ -282,10 +305,6 @@ class TokenBuffer:
         fresh.data.narrow(-2, 0, tokens).copy_(content)
         fresh.tip = tokens
         self._use(fresh, 0, tokens)
-
-
-def _without_tokens(tensor: torch.Tensor) -> list[int]:
-    return [*tensor.shape[:-2], tensor.shape[-1]]
 
 
 def _capacity(num_tokens: int, device: torch.device, exact: bool) -> int:

@@ -6,12 +6,20 @@ from typing import Self
 
 import torch
 
-from mnemon.errors import CacheError
+from mnemon.errors import CacheError, CapacityError
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
 from mnemon.layers.static_storage import StaticBuffer
 from mnemon.layers.storage import TokenBuffer
 
-__all__ = ["Buffer", "TokenLayer", "gather_state", "stack_right"]
+__all__ = [
+    "Buffer",
+    "TokenLayer",
+    "check_mergeable",
+    "check_windows",
+    "gather_state",
+    "make_fit",
+    "stack_right",
+]
 
 Buffer = TokenBuffer | StaticBuffer
 
@@ -32,20 +40,14 @@ class TokenLayer(CacheLayer):
     def _empty(self) -> Self:
         """A new layer like this one, holding nothing."""
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._keys.is_empty and self._keys.batch_size != keys.shape[0]:
-            match_batch(self, keys.shape[0])
-        all_keys = self._keys.append(keys)
-        try:
-            all_values = self._values.append(values)
-        except BaseException:
-            self._keys.crop(keys.shape[-2])
-            raise
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        held_keys, held_values, num_new = self._keys, self._values, keys.shape[-2]
+        if not held_keys.fits(keys) or not held_values.fits(values) or values.shape[-2] != num_new:
+            make_fit(self, (held_keys, keys), (held_values, values))
+        pair = held_keys.append(keys), held_values.append(values)
         if self._tail is not None:
-            self._tail += keys.shape[-2]
-        return all_keys, all_values
+            self._tail += num_new
+        return pair
 
     def view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         keys, values = self._keys.view(), self._values.view()
@@ -85,7 +87,7 @@ class TokenLayer(CacheLayer):
 
     def keep(self, indices: torch.Tensor) -> None:
         stored = len(self._keys)
-        indices = _token_index(indices, stored)
+        indices = _token_index(indices, stored, self._keys.live())
         kept = indices.shape[-1]
         # The tail: how many of the newest tokens are all there, counted from the end.
         newest = torch.arange(stored - kept, stored, device=indices.device)
@@ -157,6 +159,10 @@ class TokenLayer(CacheLayer):
                 f"A saved {self.kind} layer saw {seen} tokens and holds {stored} (newest {tail} "
                 f"without a gap): the state contradicts itself."
             )
+        if 0 <= self.max_length < stored:
+            raise CapacityError(
+                f"{stored} saved tokens do not fit a {self.kind} layer of {self.max_length}."
+            )
         self.reset()
         if keys is not None and values is not None:
             self._keys.adopt(keys)
@@ -172,30 +178,70 @@ class TokenLayer(CacheLayer):
         return self._keys.nbytes_reserved + self._values.nbytes_reserved
 
 
-def match_batch(layer: CacheLayer, batch_size: int) -> None:
-    """One stored row serves a whole batch that begins with it (beams, several samples).
+def make_fit(layer: CacheLayer, *pairs: tuple[Buffer, torch.Tensor], evicts: bool = False) -> None:
+    """Make the buffers of `layer` take what comes: the slow path of every append.
+
+    Another dtype is promoted as ``torch.cat`` would; one stored row serves a whole batch that
+    begins with it (beams, several samples). What cannot be is refused before anything changes.
+
+    Args:
+        layer: whose rows are repeated.
+        pairs: buffers, each with the ``[batch, ..., new, width]`` that it gets.
+        evicts: the layer makes room by itself.
 
     Raises:
-        CacheError: more than one row is stored.
+        CacheError: other rows, heads, width or dtype than the buffers hold.
+        CapacityError: no room.
     """
-    if layer.batch_size != 1:
-        raise CacheError(
-            f"The cache holds {layer.batch_size} rows and {batch_size} came. Only a cache of one "
-            f"row repeats itself; use cache.repeat(n) or cache.select(rows) first."
-        )
-    layer.repeat(batch_size)
+    first = pairs[0][1]
+    for buffer, new in pairs:
+        if new.shape[:-1] != first.shape[:-1]:
+            raise CacheError(
+                f"Keys {list(first.shape)} and values {list(new.shape)} do not belong together: "
+                f"batch, heads and tokens must agree."
+            )
+        if not evicts:
+            buffer.check_room(new.shape[-2])
+        held = buffer.live()
+        if held is None:
+            continue
+        buffer.check_dtype(new.dtype)
+        rows = held.shape[0]
+        if held.shape[1:-2] != new.shape[1:-2] or held.shape[-1] != new.shape[-1]:
+            raise CacheError(
+                f"The cache holds {list(held.shape)} [batch, ..., tokens, width] and "
+                f"{list(new.shape)} came: another model's layer."
+            )
+        if rows not in (1, new.shape[0]):
+            raise CacheError(
+                f"The cache holds {rows} rows and {new.shape[0]} came. Only a cache of one row "
+                f"repeats itself; use cache.repeat(n) or cache.select(rows) first."
+            )
+    if layer.batch_size == 1 and first.shape[0] != 1:
+        layer.repeat(first.shape[0])
+    for buffer, new in pairs:
+        buffer.promote(new.dtype)
 
 
 def check_mergeable(layers: Sequence[CacheLayer]) -> bool:
     """Whether there is anything to merge.
 
     Raises:
-        CacheError: some are empty and some are not.
+        CacheError: layers of different kinds, or some are empty and some are not.
     """
+    kinds = sorted({layer.kind for layer in layers})
+    if len(kinds) > 1:
+        raise CacheError(f"Cannot merge layers of kinds {', '.join(kinds)}: other models.")
     filled = sum(layer.batch_size > 0 for layer in layers)
     if 0 < filled < len(layers):
         raise CacheError("Cannot merge an empty cache with a filled one; leave the empty ones out.")
     return filled > 0
+
+
+def check_windows(windows: Sequence[int]) -> None:
+    """Raise `CacheError` unless all are the same."""
+    if len(set(windows)) > 1:
+        raise CacheError(f"Cannot merge windows of {sorted(set(windows))} tokens: other models.")
 
 
 def stack_right(views: Sequence[torch.Tensor | None], num_tokens: int) -> torch.Tensor:
@@ -232,17 +278,20 @@ def gather_state(state: LayerState) -> tuple[torch.Tensor | None, torch.Tensor |
     if set(state.tensors) != {"keys", "values"}:
         raise CacheError(f"A saved {state.kind} layer has tensors {sorted(state.tensors)}.")
     keys, values = state.tensors["keys"], state.tensors["values"]
-    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:-1] != values.shape[:-1]:
         raise CacheError(
             f"Saved keys {list(keys.shape)} and values {list(values.shape)} do not belong together."
         )
     return keys, values
 
 
-def _token_index(indices: torch.Tensor, num_stored: int) -> torch.Tensor:
-    if indices.ndim not in (1, 3):
+def _token_index(indices: torch.Tensor, num_stored: int, live: torch.Tensor | None) -> torch.Tensor:
+    whole = not indices.is_floating_point() and indices.dtype != torch.bool
+    per_head = live is not None and indices.ndim == 3 and indices.shape[:2] == live.shape[:2]
+    if not whole or not (indices.ndim == 1 or per_head):
         raise CacheError(
-            f"keep takes indices [kept] or [batch, kv_heads, kept]; got {list(indices.shape)}."
+            f"keep takes int64 indices [kept] or [batch, kv_heads, kept]; got {indices.dtype} "
+            f"{list(indices.shape)} for keys {None if live is None else list(live.shape)}."
         )
     indices = indices.to(torch.int64)
     if indices.shape[-1] > 1 and not bool((indices.diff(dim=-1) > 0).all()):

@@ -8,7 +8,7 @@ import torch
 from mnemon.errors import CacheError, UnsupportedVerb
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
 from mnemon.layers.storage import TokenBuffer
-from mnemon.layers.tokens import check_mergeable, gather_state, match_batch, stack_right
+from mnemon.layers.tokens import check_mergeable, check_windows, gather_state, make_fit, stack_right
 
 __all__ = ["WindowLayer"]
 
@@ -49,12 +49,14 @@ class WindowLayer(CacheLayer):
         self._recording = False
         self._uncommitted = 0  # tokens since recording began or crop was called
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._keys.is_empty and self._keys.batch_size != keys.shape[0]:
-            match_batch(self, keys.shape[0])
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_new, stored = keys.shape[-2], len(self._keys)
+        if (
+            not self._keys.fits(keys)
+            or not self._values.fits(values)
+            or values.shape[-2] != num_new
+        ):
+            make_fit(self, (self._keys, keys), (self._values, values))
         past = min(stored, self.window - 1)
         kept = self.window - 1
         if self._recording:
@@ -87,9 +89,10 @@ class WindowLayer(CacheLayer):
     def _append_long(buffer: TokenBuffer, new: torch.Tensor, past: int, kept: int) -> torch.Tensor:
         """More tokens than the window: store the end only, hand out everything once."""
         num_new = new.shape[-2]
-        visible = new if past == 0 else torch.cat([buffer.tail(past), new], dim=-2)
+        stored = buffer.live()
+        visible = new if stored is None else torch.cat([buffer.tail(past), new], dim=-2)
         old = min(max(kept - num_new, 0), len(buffer))
-        ending = new.narrow(-2, max(num_new - kept, 0), min(kept, num_new))
+        ending = visible.narrow(-2, visible.shape[-2] - min(kept, num_new), min(kept, num_new))
         buffer.replace(torch.cat([buffer.tail(old), ending], dim=-2) if old else ending)
         return visible
 
@@ -117,8 +120,10 @@ class WindowLayer(CacheLayer):
 
     def can_crop(self, num_tokens: int) -> bool:
         left = self._seen - num_tokens
-        return 0 <= num_tokens and 0 <= left and (
-            len(self._keys) - num_tokens >= min(left, self.window - 1)
+        return (
+            0 <= num_tokens
+            and 0 <= left
+            and (len(self._keys) - num_tokens >= min(left, self.window - 1))
         )
 
     def crop(self, num_tokens: int) -> None:
@@ -175,6 +180,7 @@ class WindowLayer(CacheLayer):
         layers = [self, *others]
         merged = WindowLayer(self.window)
         if check_mergeable(layers):
+            check_windows([layer.window for layer in layers])
             merged._seen = max(layer._seen for layer in layers)
             stored = min(merged._seen, self.window - 1)
             ends = [min(len(layer._keys), stored) for layer in layers]

@@ -27,12 +27,12 @@ def model_config(*, vocab_size: int, **overrides: Any) -> LlamaConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
+        "rope_theta": ROPE_THETA,
     }
     shape.update(overrides)
     return LlamaConfig(
         vocab_size=vocab_size,
         max_position_embeddings=CONTEXT,
-        rope_theta=ROPE_THETA,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
@@ -69,9 +69,7 @@ def build_optimisers(
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
     optimisers: list[Optimizer] = [
-        torch.optim.Muon(
-            matrices, lr=matrix_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     for optimiser in optimisers:

@@ -25,8 +25,8 @@ for measuring caches, not an assistant: its text reads like Python without meani
 
 | | |
 |---|---|
-| architecture | Llama, {layers} layers, {hidden} wide, {heads} query heads and {kv_heads} KV heads of \
-{head_dim}, tied embedding |
+| architecture | Llama, {layers} layers, {hidden} wide, {heads} query and {kv_heads} KV heads \
+of {head_dim}, tied embedding |
 | parameters | {parameters:,} |
 | tokenizer | byte-level BPE, {vocab:,} tokens, learnt from the training documents |
 | context | {context:,} tokens, RoPE base {theta:,.0f} |

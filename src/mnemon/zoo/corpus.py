@@ -1,4 +1,4 @@
-"""The text the bundled model is trained on: the running Python's standard library and its documentation.
+"""The text the bundled model is trained on: the running Python's library and its documentation.
 
 Nothing is downloaded. A document is named by its path relative to the library
 (``json/decoder.py``), or by ``topics/NAME`` (the language reference as pydoc ships it)

@@ -56,7 +56,8 @@ def evaluate(
     if not weights.is_file():
         raise ZooError(f"no model.safetensors in {str(folder)!r}; train one first")
     started = time.monotonic()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.train(False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = corpus.load_documents()
     _, held_out = corpus.split(documents)

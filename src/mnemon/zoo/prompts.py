@@ -77,7 +77,7 @@ class PromptMaker:
     def build(cls, tokenizer: PreTrainedTokenizerBase, filler: str) -> PromptMaker:
         """Prepare a filler text for a tokenizer."""
         ids = list(tokenizer(filler, verbose=False)["input_ids"])
-        pieces = [tokenizer.decode([token_id]) for token_id in ids]
+        pieces = [str(tokenizer.decode([token_id])) for token_id in ids]
         starts = [
             i for i in range(1, len(ids)) if pieces[i - 1] == "\n" and pieces[i][:1].isalpha()
         ]
@@ -107,16 +107,12 @@ class PromptMaker:
         start = int(fits[rng.integers(len(fits))])
         return [int(token) for token in self.filler[start : start + num_tokens]]
 
-    def _text(
-        self, rng: np.random.Generator, num_tokens: int, lines: list[list[int]]
-    ) -> list[int]:
+    def _text(self, rng: np.random.Generator, num_tokens: int, lines: list[list[int]]) -> list[int]:
         """Filler of an exact length with whole lines strewn in."""
         room = num_tokens - sum(map(len, lines))
         cuts = np.sort(rng.integers(0, room // 8 + 1, len(lines))) * 8
         out: list[int] = []
-        for begin, end, line in zip(
-            [0, *cuts], [*cuts, room], [*lines, list[int]()], strict=True
-        ):
+        for begin, end, line in zip([0, *cuts], [*cuts, room], [*lines, list[int]()], strict=True):
             out += self._piece(rng, int(end - begin)) + line
         return out
 

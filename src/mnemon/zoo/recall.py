@@ -104,9 +104,7 @@ def recall_by_distance(
         ZooError: fewer than one sample, an unknown task or an impossible distance.
     """
     if samples < 1 or batch_size < 1:
-        raise ZooError(
-            f"samples and batch_size are 1 or more (got {samples} and {batch_size})"
-        )
+        raise ZooError(f"samples and batch_size are 1 or more (got {samples} and {batch_size})")
     maker = PromptMaker.build(tokenizer, held_out_filler() if filler is None else filler)
     points = []
     for distance in distances:
@@ -123,9 +121,7 @@ def recall_by_distance(
             correct += sum(
                 got == prompt.answer_ids for got, prompt in zip(decoded, batch, strict=True)
             )
-        points.append(
-            RecallPoint(distance, correct, samples, *wilson_interval(correct, samples))
-        )
+        points.append(RecallPoint(distance, correct, samples, *wilson_interval(correct, samples)))
     return points
 
 
@@ -154,9 +150,7 @@ def greedy_answers(
     decoded = []
     with torch.inference_mode():
         for _ in range(num_tokens):
-            output = model(
-                input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             step = output.logits[:, -1:].argmax(-1)  # [batch, 1]
             decoded.append(step)
@@ -222,9 +216,9 @@ def _window_nats(
     nats = 0.0
     for start in range(0, ids.shape[1] - 1, size):
         chunk = ids[:, start : min(start + size, ids.shape[1] - 1)]
-        logits = model(
-            input_ids=chunk, past_key_values=cache, use_cache=cache is not None
-        ).logits[0]
+        logits = model(input_ids=chunk, past_key_values=cache, use_cache=cache is not None).logits[
+            0
+        ]
         target = ids[0, start + 1 : start + 1 + chunk.shape[1]]
         nats += float(torch.nn.functional.cross_entropy(logits.float(), target, reduction="sum"))
     return nats

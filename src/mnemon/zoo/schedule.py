@@ -31,8 +31,8 @@ STAGES = (
     Stage(length=256, step_tokens=4096, shares=(0.20, 0.40, 0.40), leave_by=0.10),
     Stage(length=512, step_tokens=4096, shares=(0.15, 0.40, 0.45), leave_by=0.20),
     Stage(length=1024, step_tokens=4096, shares=(0.15, 0.40, 0.45), leave_by=0.30),
-    Stage(length=2048, step_tokens=8192, shares=(0.15, 0.45, 0.40), leave_by=0.40),
-    Stage(length=4096, step_tokens=8192, shares=(0.20, 0.45, 0.35), leave_by=1.01),
+    Stage(length=2048, step_tokens=4096, shares=(0.15, 0.45, 0.40), leave_by=0.40),
+    Stage(length=4096, step_tokens=4096, shares=(0.20, 0.45, 0.35), leave_by=1.01),
 )
 
 
@@ -58,7 +58,7 @@ class Curriculum:
         return STAGES[self.stage]
 
     def stage_for_step(self, *, seed: int, step: int) -> Stage:
-        """The stage a step draws its rows from: often the current one, else one of the three before."""
+        """The stage a step draws its rows from: often the current one, else one of three before."""
         rng = np.random.default_rng([seed, step])
         if self.stage == 0 or rng.random() < 0.4:
             return self.current

@@ -12,7 +12,6 @@ import json
 import os
 import time
 from collections import defaultdict
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ from mnemon.zoo.tokenizer import train_tokenizer, word_ids
 from mnemon.zoo.wiring import wire_induction
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -79,8 +77,7 @@ def prepare(out: Path, *, seed: int) -> tuple[PreTrainedTokenizerBase, tasks.Ids
 
     text_path = out / "text.npy"
     if text_path.exists():
-        tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
-        return tokenizer, np.load(text_path).astype(np.int64)
+        return AutoTokenizer.from_pretrained(out / "tokenizer"), np.load(text_path).astype(np.int64)
     documents = corpus.load_documents()
     train, _ = corpus.split(documents)
     tokenizer = train_tokenizer(document.text for document in train)
@@ -117,7 +114,7 @@ class Trainer:
         self.model = architecture.build_model(config, seed=options.seed)
         if options.wired:
             wire_induction(self.model, seed=options.seed)
-        self.model.to(self.device)
+        torch.nn.Module.to(self.model, self.device)
         self.optimisers = architecture.build_optimisers(
             self.model, matrix_lr=options.matrix_lr, other_lr=options.other_lr
         )
@@ -134,9 +131,7 @@ class Trainer:
     @property
     def progress(self) -> float:
         """The fraction of the budget that is spent."""
-        return self.options.budget.progress(
-            num_tokens=self.num_tokens, elapsed_s=self.elapsed_s
-        )
+        return self.options.budget.progress(num_tokens=self.num_tokens, elapsed_s=self.elapsed_s)
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
@@ -202,7 +197,8 @@ class Trainer:
         logits = logits.float()
         target = ids[:, 1:][wanted]
         loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-        (loss * weight[wanted]).sum().div(weight[wanted].sum()).backward()
+        mean = (loss * weight[wanted]).sum() / weight[wanted].sum()
+        torch.autograd.backward(mean)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -276,7 +272,8 @@ class Trainer:
         shipped = type(self.model)(self.model.config)
         shipped.load_state_dict(self.model.state_dict())
         shipped.tie_weights()
-        shipped.to(torch.bfloat16).save_pretrained(folder)
+        torch.nn.Module.to(shipped, torch.bfloat16)
+        shipped.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         # transformers 4 looks for these two where transformers 5 no longer writes them.
         _amend(folder / "config.json", rope_theta=architecture.ROPE_THETA)

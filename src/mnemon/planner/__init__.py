@@ -1,0 +1,23 @@
+"""Bytes of a model's cache from its config.json alone: no torch, no transformers, no weights.
+
+Exact to the byte against `mnemon.Cache.nbytes` (and `nbytes_reserved` for `static(n)`) after a
+real forward pass. What it does not know is a `PlanError`, never a guess.
+"""
+
+from mnemon.planner.families import MODEL_TYPES
+from mnemon.planner.layers import LayerPlan, ModelPlan, plan_model
+from mnemon.planner.recipes import CachePlan, max_batch, max_context, plan_cache
+from mnemon.planner.weights import model_dtype, weight_bytes
+
+__all__ = [
+    "MODEL_TYPES",
+    "CachePlan",
+    "LayerPlan",
+    "ModelPlan",
+    "max_batch",
+    "max_context",
+    "model_dtype",
+    "plan_cache",
+    "plan_model",
+    "weight_bytes",
+]

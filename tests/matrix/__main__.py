@@ -1,0 +1,6 @@
+"""Prints the matrix; see `run`."""
+
+from .run import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
