@@ -121,7 +121,11 @@ def measure(label: str, dtype: torch.dtype, num_tokens: int, seconds: float, spe
         [torch.randn(shape).to(dtype)[:, :, :num_tokens] for _ in "kv"] for _ in range(num_layers)
     ]
     whole = [[part.contiguous() for part in layer] for layer in strided]
-    turn = {name: cycle(whole if name in ("gqa", "packed") else strided) for name in PATHS}
+    turn = {}
+    for number, name in enumerate(PATHS):
+        layers = whole if name in ("gqa", "packed") else strided
+        start = number * num_layers // len(PATHS)  # no path reads what another has just read
+        turn[name] = cycle(layers[start:] + layers[:start])
 
     def transformers_path(name: str, mask: Tensor | None) -> object:
         keys, values = next(turn[name])

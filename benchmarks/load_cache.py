@@ -1,6 +1,6 @@
 """Saves and loads a cache of 1 GiB, beside torch.save/load of the same tensors.
 
-    python benchmarks/load_cache.py [--gib 1.0] [--repeats 5] [--directory DIR]
+    python benchmarks/load_cache.py [--gib 1.0] [--repeats 7] [--saves 2] [--cold 1] [--directory DIR]
 
 Writes benchmarks/results/load_cache.json and .md. Warm: the file is in the page cache. Cold: it was
 dropped from there just before (posix_fadvise), so the disk is measured too.
@@ -52,8 +52,8 @@ def fill(model: Any, size_bytes: int) -> mnemon.Cache:
     shape = (1, KV_HEADS, size_bytes // per_token, HEAD_DIM)
     cache = mnemon.Cache(model.config)
     for layer in range(LAYERS):
-        keys, values = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(2))
-        cache.update(keys, values, layer)
+        keys = torch.randint(-999, 999, shape, dtype=torch.int16).view(torch.bfloat16)
+        cache.update(keys, keys.roll(1), layer)
     return cache
 
 
@@ -88,18 +88,13 @@ def torch_save(tensors: dict[str, torch.Tensor], path: Path, sync: bool) -> None
 def touch(tensors: Any) -> None:
     """Reads one number of every page, as the first use of a mapped tensor does."""
     for tensor in tensors:
+        assert tensor.is_contiguous()
         tensor.view(-1)[::2048].sum()
 
 
 def touch_layers(cache: mnemon.Cache) -> None:
     for layer in cache.layers:
-        keys, values = layer.view()
-        touch((keys.contiguous(), values.contiguous()))
-
-
-def step(model: Any, cache: mnemon.Cache) -> None:
-    with torch.no_grad():
-        model(torch.tensor([[7]]), past_key_values=cache)
+        touch(layer.view())
 
 
 def peak_mib_while_saving(directory: Path, gib: float) -> float:
@@ -118,44 +113,64 @@ def peak_mib_while_saving(directory: Path, gib: float) -> float:
     return float(result.stdout)
 
 
-def measure(directory: Path, gib: float, repeats: int) -> dict[str, float]:
-    model = make_model()
-    cache = fill(model, int(gib * (1 << 30)))
-    path, pickled = directory / "cache.safetensors", directory / "cache.pt"
+def measure_saving(
+    model: Any, cache: mnemon.Cache, path: Path, pickled: Path, repeats: int
+) -> dict[str, float]:
     views = [layer.view() for layer in cache.layers]
     tensors = {f"{i}.{n}": t.contiguous() for i, v in enumerate(views) for n, t in enumerate(v)}
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
-    found: dict[str, float] = {"size_bytes": size, "num_tokens": cache.num_tokens}
-
-    few = max(2, repeats // 2)
-    found["save_s"] = timed(lambda: cache.save(path, model=model), few)
-    found["torch_save_s"] = timed(lambda: torch_save(tensors, pickled, sync=True), few)
+    found = {
+        "size_bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+        "num_tokens": cache.num_tokens,
+        "save_s": timed(lambda: cache.save(path, model=model), repeats),
+        "torch_save_s": timed(lambda: torch_save(tensors, pickled, sync=True), repeats),
+    }
     fsync, os.fsync = os.fsync, lambda _: None
     try:  # what the processor does, without the disk
-        found["save_without_fsync_s"] = timed(lambda: cache.save(path, model=model), few)
+        found["save_without_fsync_s"] = timed(lambda: cache.save(path, model=model), repeats)
     finally:
         os.fsync = fsync
     found["torch_save_without_fsync_s"] = timed(
-        lambda: torch_save(tensors, pickled, sync=False), few
+        lambda: torch_save(tensors, pickled, sync=False), repeats
     )
-    del tensors, views
+    return found
+
+
+def measure_loading(
+    model: Any, path: Path, pickled: Path, repeats: int, is_cold: bool
+) -> dict[str, float]:
+    def prepare() -> None:
+        if is_cold:
+            drop(path)
+            drop(pickled)
 
     def load(verify: Any = "auto") -> mnemon.Cache:
         return mnemon.load_cache(path, model, verify=verify)
 
-    for name, prepare in (("warm", lambda: None), ("cold", lambda: (drop(path), drop(pickled)))):
-        found[f"map_{name}_s"] = timed(load, repeats, prepare)
-        found[f"load_and_use_{name}_s"] = timed(lambda: touch_layers(load()), few, prepare)
-        found[f"load_and_step_{name}_s"] = timed(lambda: step(model, load()), few, prepare)
-        found[f"load_eager_{name}_s"] = timed(lambda: load("eager"), few, prepare)
-        found[f"torch_load_{name}_s"] = timed(
-            lambda: touch(torch.load(pickled, weights_only=True).values()), few, prepare
-        )
-        found[f"torch_load_mmap_{name}_s"] = timed(
-            lambda: touch(torch.load(pickled, weights_only=True, mmap=True).values()), few, prepare
-        )
-    found["summary_s"] = timed(lambda: read_summary(path), repeats)
-    found["verify_s"] = timed(lambda: read_summary(path, verify=True), few)
+    def torch_load(mmap: bool) -> None:
+        touch(torch.load(pickled, weights_only=True, mmap=mmap).values())
+
+    calls: dict[str, Callable[[], Any]] = {
+        "map": load,
+        "load_and_use": lambda: touch_layers(load()),
+        "load_eager": lambda: load("eager"),
+        "torch_load": lambda: torch_load(False),
+        "torch_load_mmap": lambda: torch_load(True),
+        "summary": lambda: read_summary(path),
+        "verify": lambda: read_summary(path, verify=True),
+    }
+    suffix = "cold_s" if is_cold else "warm_s"
+    return {f"{name}_{suffix}": timed(call, repeats, prepare) for name, call in calls.items()}
+
+
+def measure(directory: Path, gib: float, repeats: int, saves: int, cold: int) -> dict[str, float]:
+    model = make_model()
+    cache = fill(model, int(gib * (1 << 30)))
+    path, pickled = directory / "cache.safetensors", directory / "cache.pt"
+    found = measure_saving(model, cache, path, pickled, saves)
+    del cache
+    found |= measure_loading(model, path, pickled, repeats, is_cold=False)
+    if cold:
+        found |= measure_loading(model, path, pickled, cold, is_cold=True)
     return found
 
 
@@ -189,15 +204,13 @@ def to_markdown(found: dict[str, Any]) -> str:
         row("mnemon: map (`load_cache` returns)", "map_warm_s", "map_cold_s"),
         row("mnemon: map, check and read every layer", "load_and_use_warm_s", "load_and_use_cold_s",
             speed=True),
-        row("mnemon: map, check, one forward of a token", "load_and_step_warm_s",
-            "load_and_step_cold_s"),
         row("mnemon: `verify=\"eager\"`", "load_eager_warm_s", "load_eager_cold_s", speed=True),
         row("torch.load and read (checks nothing)", "torch_load_warm_s", "torch_load_cold_s",
             speed=True),
         row("torch.load(mmap=True) and read (checks nothing)", "torch_load_mmap_warm_s",
             "torch_load_mmap_cold_s", speed=True),
-        row("`read_summary`", "summary_s"),
-        row("`read_summary(verify=True)`", "verify_s", speed=True),
+        row("`read_summary`", "summary_warm_s", "summary_cold_s"),
+        row("`read_summary(verify=True)`", "verify_warm_s", "verify_cold_s", speed=True),
         "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -216,13 +229,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--saves", type=int, default=2, help="repeats of each way of saving")
+    parser.add_argument("--cold", type=int, default=1, help="repeats with a cold page cache")
     parser.add_argument("--directory", type=Path, default=None, help="where to put the files")
     arguments = parser.parse_args()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     directory = Path(tempfile.mkdtemp(dir=arguments.directory))
     try:
         peak = peak_mib_while_saving(directory, arguments.gib)
-        numbers = measure(directory, arguments.gib, arguments.repeats)
+        numbers = measure(
+            directory, arguments.gib, arguments.repeats, arguments.saves, arguments.cold
+        )
     finally:
         shutil.rmtree(directory)
     found = {

@@ -602,3 +602,27 @@ def test_a_prefix_that_cuts_an_image_is_not_reused() -> None:
         cache = mnemon.Cache(model.config)
         _run(model, ids, cache, pixel_values=pixels)
         assert torch.equal(_run(model, other, cache, pixel_values=pixels), expected)
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_another_model_is_not_reused() -> None:
+    one, two, ids = llama(0), llama(1), prompt(20)
+    expected = _fresh(two, ids)
+    with mnemon.attach(one), mnemon.attach(two) as attachment:
+        cache = mnemon.Cache(one.config)
+        _run(one, ids, cache)
+        assert torch.equal(_run(two, ids, cache), expected)
+        assert (attachment.stats.resets, attachment.stats.tokens_reused) == (1, 0)
+    with mnemon.attach(one, on_mismatch="error"), pytest.raises(PrefixMismatch, match="model"):
+        _run(one, ids, cache)
+
+
+def test_a_cache_of_a_copy_of_the_model_is_reused() -> None:
+    one, two, ids = llama(0), llama(0), prompt(20)
+    with mnemon.attach(one), mnemon.attach(two) as attachment:
+        cache = mnemon.Cache(one.config)
+        expected = _run(one, ids, cache)
+        assert torch.equal(_run(two, ids, cache), expected)
+        assert attachment.stats.tokens_reused == 19

@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 import mnemon
 from binding_models import bart, jamba, llama, mamba, mistral, prompt
+from mnemon.binding.tracking import run_forward
+from mnemon.hf import generate as hf
 
 
 def _break_in_layer(model: PreTrainedModel, error: BaseException, after: int = 0) -> Any:
@@ -170,18 +172,33 @@ def test_a_forward_without_a_mnemon_cache_is_not_tracked() -> None:
         assert type(outputs.past_key_values).__module__.startswith("transformers")
 
 
+def test_tokens_that_a_compiled_forward_did_not_log_are_named_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids = llama(), prompt(12)
+    with mnemon.attach(model):
+        cache = mnemon.Cache(model.config)
+        # inside a compiled graph nothing is written down
+        monkeypatch.setattr(
+            "mnemon.binding.attachment.is_compiling", lambda: cache.num_tokens >= 12
+        )
+        result = model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache)
+    assert torch.equal(cache.tokens, result[:, :17])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 def test_tracking_never_waits_for_the_device() -> None:
     model = llama().to("cuda")
     ids = prompt(20).to("cuda")
+    mask = torch.ones_like(ids)
     with mnemon.attach(model), torch.no_grad():
         cache = mnemon.Cache(model.config)
         model(ids, past_key_values=cache)
+        names = hf.stream(model)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for column in range(5):
-                model(ids[:, column : column + 1], past_key_values=cache)
+            arguments = {"input_ids": ids[:, :5], "attention_mask": mask}
+            run_forward(model, names, lambda **kwargs: None, arguments, cache)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(cache.tokens[:, 20:], ids[:, :5].cpu())

@@ -99,6 +99,13 @@ def test_left_padded_batches(dtype: torch.dtype, attached: bool) -> None:
     assert min(computed) == LENGTH % CHUNK
 
 
+def test_padding_that_comes_later_changes_no_earlier_bit() -> None:
+    ids = prompt(LENGTH, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, 45:48] = 0
+    assert min(_check_splits(llama(), ids, SPLITS, mask)) == LENGTH % CHUNK
+
+
 @pytest.mark.parametrize("attached", [False, True], ids=["plain", "attached"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("window", [8, CHUNK, 24])

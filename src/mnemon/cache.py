@@ -1,13 +1,13 @@
 """`Cache`: all that a model keeps between two forward passes."""
 
-import copy
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mnemon import layers as kinds
 from mnemon import recipe as recipes
@@ -47,13 +47,13 @@ class Prefilled:
         chunk: tokens per chunk, aligned to absolute positions.
         num_tokens: leading tokens computed so, whole chunks.
         batch_size: rows they were computed with.
-        attention: the attention implementation that computed them.
+        arithmetic: what computed them (attention, device, threads, torch): other bits otherwise.
     """
 
     chunk: int
     num_tokens: int
     batch_size: int
-    attention: str
+    arithmetic: str
 
 
 class Cache(CacheFacade):
@@ -78,8 +78,7 @@ class Cache(CacheFacade):
 
     def __new__(cls, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any) -> Self:
         if cls is Cache and config is not None and is_encoder_decoder(config):
-            pair: Self = object.__new__(EncoderDecoderCache)  # type: ignore[arg-type]
-            return pair
+            return cast(Self, object.__new__(EncoderDecoderCache))
         return object.__new__(cls)
 
     def __init__(self, config: PreTrainedConfig, recipe: str | Recipe = "") -> None:
@@ -90,7 +89,7 @@ class Cache(CacheFacade):
     def _init_state(
         self, config: PreTrainedConfig, recipe: Recipe, layers: list[CacheLayer]
     ) -> None:
-        CacheFacade.__init__(self, layers=layers)
+        self._init_facade(layers)
         self.config = config
         self.recipe = recipe
         self._log = TokenLog()
@@ -98,6 +97,8 @@ class Cache(CacheFacade):
         self.content_key: str | None = None
         #: Leading tokens that a chunked prefill computed: set by the binding.
         self.prefilled: Prefilled | None = None
+        #: The model whose forwards filled it: set by the binding.
+        self.filled_by: weakref.ref[PreTrainedModel] | None = None
 
     @classmethod
     def _of(cls, config: PreTrainedConfig, recipe: Recipe, layers: list[CacheLayer]) -> "Cache":
@@ -258,6 +259,7 @@ class Cache(CacheFacade):
         self._log = TokenLog()
         self.content_key = None
         self.prefilled = None
+        self.filled_by = None
 
     def end_past_recording(self) -> None:
         """Undo `activate_past_recording`: windows are bounded again, nothing more can go back."""
@@ -333,6 +335,7 @@ class Cache(CacheFacade):
         merged._log = TokenLog.merge([cache.tokens for cache in caches])
         keys = {cache.content_key for cache in caches}
         merged.content_key = keys.pop() if len(keys) == 1 else None
+        merged.filled_by = first.filled_by
         return merged
 
     def extract(self, row: int) -> "Cache":
@@ -347,6 +350,7 @@ class Cache(CacheFacade):
         )
         other._log = TokenLog.of(tokens[None, padding:])
         other.content_key = self.content_key
+        other.filled_by = self.filled_by
         return other
 
     def fork(self) -> "Cache":
@@ -355,6 +359,7 @@ class Cache(CacheFacade):
         other._log = self._log.fork()
         other.content_key = self.content_key
         other.prefilled = self.prefilled
+        other.filled_by = self.filled_by
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":

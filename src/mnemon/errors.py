@@ -16,7 +16,7 @@
     ├── ModelError              a model or a config that cannot be loaded or served
     ├── PlanError               a config whose cache cannot be computed in advance
     ├── ZooError                the bundled model, its data or its training
-    └── DependencyError         an optional package is missing; the message names the install command
+    └── DependencyError         an optional package is missing; the message says what to install
 """
 
 __all__ = [

@@ -180,13 +180,15 @@ def _with_arguments(name: str, arguments: str, text: str) -> Term:
         match = _ARGUMENT.fullmatch(piece.strip())
         if match is None:
             raise RecipeError(
-                f"Cannot read argument {piece.strip()!r} of {name!r} in recipe {text!r}: expected a "
-                f"number such as 4096 or 4k, a word, or key=value."
+                f"Cannot read argument {piece.strip()!r} of {name!r} in recipe {text!r}: expected "
+                f"a number such as 4096 or 4k, a word, or key=value."
             )
         key, value = match[1], _value(match[2], text)
         if key is None:
             if options:
-                raise RecipeError(f"{name!r} in recipe {text!r}: plain values come before key=value.")
+                raise RecipeError(
+                    f"{name!r} in recipe {text!r}: plain values come before key=value."
+                )
             positional.append(value)
         elif key in options:
             raise RecipeError(f"{name!r} in recipe {text!r} gives {key!r} twice.")
@@ -202,7 +204,9 @@ def _value(word: str, text: str) -> Value:
         return float(word)
     if re.fullmatch(_WORD, word, re.ASCII):
         return word
-    raise RecipeError(f"Cannot read value {word!r} in recipe {text!r}: expected a number or a word.")
+    raise RecipeError(
+        f"Cannot read value {word!r} in recipe {text!r}: expected a number or a word."
+    )
 
 
 def _check_ready(terms: list[Term], text: str) -> None:

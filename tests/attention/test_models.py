@@ -5,6 +5,7 @@ import torch
 from tiny import MODELS, build, inputs, logits_of
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
+from mnemon.cache import Cache
 from mnemon.hf import attention as hf_attention
 from mnemon.hf import attention_functions
 from mnemon.hf.attention import attention_forward, enable
@@ -165,7 +166,10 @@ def test_training_gives_the_same_gradients(name: str) -> None:
             torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "gpt_oss"))],
+)
 def test_compiles_in_one_graph(name: str) -> None:
     model = build(name)
     ids = inputs(0)["input_ids"]
@@ -175,3 +179,33 @@ def test_compiles_in_one_graph(name: str) -> None:
         got = compiled(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "bart"])
+def test_with_mnemons_cache(name: str) -> None:
+    """Keys come strided, from a buffer with reserve; tokens and logits stay what they were."""
+    model = build(name)
+    prompt = inputs()
+    expected = logits_of(model, prompt, num_steps=20)
+    with enable(model):
+        got = logits_of(model, prompt, num_steps=20, past_key_values=Cache(model.config))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+class OneLayer(torch.nn.Module):
+    """A module that does nothing but attend."""
+
+    is_causal = True
+    num_key_value_groups = 2
+
+    def forward(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return attention_forward(self, query, keys, keys, None)[0]
+
+
+@pytest.mark.parametrize("num_new", [1, 7])
+def test_exports(num_new: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(1, 4, num_new, 8, generator=generator)
+    keys = torch.randn(1, 2, 7, 8, generator=generator)
+    exported = torch.export.export(OneLayer(), (query, keys)).module()
+    torch.testing.assert_close(exported(query, keys), OneLayer()(query, keys))

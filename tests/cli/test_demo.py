@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from cli_models import run, run_json, save_tiny
+from cli_models import CONTEXT, run, run_json, save_tiny
 from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
 
 import mnemon
 from mnemon.cli import contenders, demo_run, trial
+from mnemon.cli.models import load_model
 from mnemon.cli.sources import own_text
 
 OPTIONS = ["--context", "64", "--new-tokens", "6"]
@@ -51,9 +52,7 @@ def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_every_cache_is_there_and_none_failed(found: dict[str, Any]) -> None:
-    rows = [
-        row for row in found["rows"] if "quanto" not in row["name"] and "hqq" not in row["name"]
-    ]
+    rows = [row for row in found["rows"] if not row["name"].endswith("-4")]  # quanto, hqq
     assert [row["name"] for row in rows] == NAMES
     assert [row["error"] for row in rows] == [""] * len(NAMES)
     for row in rows:
@@ -112,7 +111,10 @@ def test_contexts_of_the_sweep(found: dict[str, Any]) -> None:
     assert sorted({point["context"] for point in found["speed"]}) == [32, 64, 128]
 
 
-def test_prints_one_table_and_the_path(model: Path, tmp_path: Path) -> None:
+def test_prints_one_table_and_the_path(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_run, "TIME_S", 0.0)
     file = tmp_path / "text.txt"
     file.write_text(own_text().text[:6000])
     result = run("demo", model, *OPTIONS, "--file", file, "--out", tmp_path)
@@ -150,15 +152,17 @@ def test_a_cache_that_fails_is_a_row_not_the_end(
     found = run_json("demo", model, *OPTIONS, "--out", tmp_path)
     assert by_name(found)["broken"]["error"] == "ValueError: no such layer"
     assert by_name(found)["dense"]["error"] == ""
-    assert (
-        "not with this model: ValueError: no such layer" in (tmp_path / "report.html").read_text()
-    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "not with this model: ValueError: no such layer" in page
 
 
-def test_context_is_cut_to_text_and_model(model: Path, tmp_path: Path) -> None:
-    found = run_json("demo", model, "--context", "400", "--new-tokens", "6", "--out", tmp_path)
-    assert found["settings"]["context"] == 512 - 256
-    assert "shortened from 400 to 256" in found["notes"][0]
+def test_context_is_cut_to_text_and_model(model: Path) -> None:
+    loaded = load_model(str(model))
+    demo = demo_run.Demo(loaded, own_text(), demo_run.DemoOptions(context=400, num_new=6))
+    assert demo.context == CONTEXT - demo_run.SCORED_TOKENS
+    assert "shortened from 400 to 256" in demo.all_notes()[0]
+    shorter = demo_run.Demo(loaded, own_text(), demo_run.DemoOptions(context=200, num_new=6))
+    assert (shorter.context, shorter.all_notes()) == (200, [])
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_page_shows_the_figures() -> None:
     for name, _, speed in NAMES:
         assert name in text
         assert f"{speed:.1f}" in text
-    assert "2.3\u00d7" in text  # 92 against 40 tokens/s
+    assert "2.2\u00d7" in text  # 90 against 40 tokens/s
     assert "33\u00d7" in text  # 1.0 s computed, 0.03 s loaded
     assert "3 of 4" not in text
     assert "4 of 4" in text
@@ -187,6 +187,15 @@ def test_failed_cache_and_missing_parts_are_said() -> None:
     assert "The context was shortened." in text
     assert "computed once" not in text
     assert "still remembered" not in text
+
+
+def test_one_context_is_drawn_as_bars() -> None:
+    result = make_result()
+    result = dataclasses.replace(result, speed=[p for p in result.speed if p.context == 2048])
+    html = report.render(result)
+    parsed(html)
+    assert html.count("tokens of context</text>") == 0
+    assert f"{result.speed[0].tokens_per_s:.1f} tokens/s" in html
 
 
 def test_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -327,7 +327,11 @@ _image_text(
 _image_text(
     "gemma3",
     "Gemma3ForConditionalGeneration",
-    {"model_type": "gemma3_text", "num_hidden_layers": 4, "layer_types": [SLIDING, SLIDING, FULL, SLIDING]},
+    {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 4,
+        "layer_types": [SLIDING, SLIDING, FULL, SLIDING],
+    },
     {"model_type": "siglip_vision_model", **_TOWER},
     image_inputs(4, 16),
     image_token_index=IMAGE_TOKEN,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .modes import mnemon_cache
 
-#: Position of the token that the broken cache forgets: before the first new token, inside windows.
-DROPPED, DROPPED_BY_DECODER = 12, 3
+#: The broken cache forgets the last token of every block of so many. (A decoder behind an encoder
+#: sees fewer tokens.)
+BLOCK, DECODER_BLOCK = 8, 4
 
 
 def forgetful_cache(model: Any, recipe: str) -> Any:
-    """A mnemon cache in which the keys and values of one token are zero.
+    """A mnemon cache in which keys and values at the end of a block are zero.
 
     Layers with states lose half of their recurrent state and the next to last column of their
     convolution state, once.
@@ -21,12 +23,12 @@ def forgetful_cache(model: Any, recipe: str) -> Any:
     cache = mnemon_cache(model, recipe)
     paired = model.config.is_encoder_decoder
     target = cache.self_attention_cache if paired else cache
-    _forget_one_token(target, DROPPED_BY_DECODER if paired else DROPPED)
+    _forget_ends_of_blocks(target, DECODER_BLOCK if paired else BLOCK)
     _damage_states(target)
     return cache
 
 
-def _forget_one_token(cache: Any, dropped: int) -> None:
+def _forget_ends_of_blocks(cache: Any, block: int) -> None:
     update = cache.update
     num_seen: dict[int, int] = {}
 
@@ -35,11 +37,8 @@ def _forget_one_token(cache: Any, dropped: int) -> None:
     ) -> tuple[Tensor, Tensor]:
         start = num_seen.get(layer_idx, 0)
         num_seen[layer_idx] = start + keys.shape[-2]
-        where = dropped - start
-        if 0 <= where < keys.shape[-2]:
-            keys, values = keys.clone(), values.clone()
-            keys[:, :, where] = 0
-            values[:, :, where] = 0
+        kept = torch.arange(start, start + keys.shape[-2]) % block != block - 1
+        keys, values = keys * kept[:, None], values * kept[:, None]
         result: tuple[Tensor, Tensor] = update(keys, values, layer_idx, *args, **kwargs)
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from .architectures import rows
 from .cells import Outcome
 from .table import Results, details, summary, table
 
@@ -24,6 +26,23 @@ def _quiet_single_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(num_threads)
     transformers.logging.set_verbosity(level)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rows one after the other: the tests of a row share a model and its reference tokens."""
+    order = {name: index for index, name in enumerate(rows())}
+    mine = [index for index, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    of_row = sorted(
+        (items[index] for index in mine),
+        key=lambda item: order.get(_row(item), -1),
+    )
+    for index, item in zip(mine, of_row, strict=True):
+        items[index] = item
+
+
+def _row(item: pytest.Item) -> str:
+    callspec = getattr(item, "callspec", None)
+    return "" if callspec is None else str(callspec.params["row"])
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

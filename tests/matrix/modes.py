@@ -147,7 +147,7 @@ def _turns(bench: Bench, cache: MakeCache, inputs: Inputs) -> Tensor:
         out = bench.generate(inputs, kept, num_new=NUM_PER_TURN)
         if turn == 2:
             break
-        # The user speaks. What an encoder reads is passed again; pixels were read in the first turn.
+        # The user speaks. An encoder's input is passed again; pixels were read in the first turn.
         if out.shape[1] == NUM_PER_TURN:  # whisper returns the new tokens alone
             out = torch.cat([inputs[ids_name], out], dim=1)
         new = token_ids(out.shape[0], 5, seed=20 + turn)

@@ -58,7 +58,8 @@ def details(results: Results) -> list[str]:
     """What is not equal, one line per cell; n/a only once for both halves of a cell."""
     lines = []
     for (name, mode, attached), outcome in results.items():
-        if (outcome.kind == EQUAL and not outcome.detail) or (outcome.kind == NOT_APPLICABLE and attached):
+        same_for_both = outcome.kind == NOT_APPLICABLE and attached
+        if same_for_both or not outcome.detail:
             continue
         where = f"{name} {mode}" + (" attached" if attached else "")
         lines.append(f"{where}: {outcome.kind}: {outcome.detail}")

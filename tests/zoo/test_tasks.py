@@ -7,7 +7,7 @@ import pytest
 
 from mnemon.errors import ZooError
 from mnemon.zoo import tasks
-from mnemon.zoo.train import task_vocabulary
+from mnemon.zoo.prepare import task_vocabulary
 
 TEXT = np.random.default_rng(0).integers(300, 4096, 20_000)
 

@@ -10,7 +10,7 @@ import torch
 
 from mnemon.errors import ZooError
 from mnemon.zoo.schedule import STAGES, Budget, Curriculum
-from mnemon.zoo.train import Trainer, TrainOptions
+from mnemon.zoo.trainer import Trainer, TrainOptions
 
 SHAPE = {
     "hidden_size": 32,

@@ -9,7 +9,7 @@ import torch
 from mnemon.errors import ZooError
 from mnemon.zoo import tasks
 from mnemon.zoo.architecture import build_model, model_config
-from mnemon.zoo.train import task_vocabulary
+from mnemon.zoo.prepare import task_vocabulary
 from mnemon.zoo.wiring import wire_induction
 
 

@@ -6,13 +6,13 @@ from types import TracebackType
 from typing import Any, Self, final
 
 import torch
+from torch.compiler import is_compiling
 from transformers import GenerationMixin, PreTrainedModel
 
 from mnemon.binding import chunks
-from mnemon.binding.reuse import OnMismatch, Reuse, Stats
-from mnemon.binding.states import continues_states
+from mnemon.binding.calls import Call
+from mnemon.binding.reuse import OnMismatch, Stats
 from mnemon.binding.tracking import ATTACHED, brings_cache, own_cache, run_forward
-from mnemon.cache import Cache
 from mnemon.errors import CacheError, ModelError
 from mnemon.hf import attention as hf_attention
 from mnemon.hf import generate as hf
@@ -114,7 +114,7 @@ class Attachment:
         self.chunk = chunk
         self.stats = Stats()
         self._names = hf.stream(model)
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._saved = {name: vars(model).get(name) for name in ("forward", "generate")}
         self._restore = hf_attention.enable(model) if attention else None
         self._methods: dict[str, Any] = {"forward": _Method(model.forward, self._forward)}
@@ -160,7 +160,7 @@ class Attachment:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         original = self._methods["forward"].original
-        if torch.compiler.is_compiling() or not brings_cache(args, kwargs):
+        if is_compiling() or not brings_cache(args, kwargs):
             return original(*args, **kwargs)
         arguments = hf.named_arguments(original, args, kwargs, type(self.model).forward)
         cache = own_cache(arguments)
@@ -168,9 +168,10 @@ class Attachment:
             return original(*args, **kwargs)
         call = self._calls.get(id(cache))
         if call is None:
-            return run_forward(self._names, original, arguments, cache)
+            return run_forward(self.model, self._names, original, arguments, cache)
         call.skip_cached(arguments, self._names)
-        return run_forward(self._names, original, arguments, cache, call.prompt_mask)
+        mask = call.prompt.mask
+        return run_forward(self.model, self._names, original, arguments, cache, mask)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         original = self._methods["generate"].original
@@ -186,60 +187,26 @@ class Attachment:
                 "call at a time. Use cache.fork() for the second."
             )
         self.stats.calls += 1
-        call = self._calls[id(cache)] = _Call()
+        call = self._calls[id(cache)] = Call(
+            model=self.model,
+            cache=cache,
+            arguments=arguments,
+            prompt=hf.read_prompt(self.model, arguments),
+            on_mismatch=self.on_mismatch,
+            exact_chunk=self.chunk if self.exact else None,
+            stats=self.stats,
+        )
         try:
-            self._prepare(cache, arguments, call)
+            call.prepare()
             result = original(**arguments)
-            _name_unlogged(cache, result)
+            call.name_unlogged(result)
             return result
         finally:
             del self._calls[id(cache)]
             # Assisted decoding leaves windows recording: from here on they are bounded again.
             cache.end_past_recording()
 
-    # -- one generate call -------------------------------------------------------------------------
-
-    def _prepare(self, cache: Cache, arguments: dict[str, Any], call: "_Call") -> None:
-        """Fit `cache` to the prompt, and compute ahead what `generate` would do worse."""
-        model, prompt = self.model, hf.read_prompt(self.model, arguments)
-        is_plain = hf.is_plain_text(model, arguments, prompt)
-        is_exact = self.exact and is_plain and prompt.num_given == prompt.num_tokens
-        call.prompt_mask = prompt.mask
-        reuse = Reuse(model, cache, prompt, arguments, self.on_mismatch, self.stats)
-        if is_exact:
-            reuse.align = self.chunk
-            reuse.limit = chunks.reusable(model, cache, prompt.batch_size, self.chunk)
-        reuse.fit()
-        done, last = reuse.num_cached, prompt.num_tokens - 1
-        if is_plain and done < last:
-            size = self._size_ahead(cache, prompt, arguments, is_exact)
-            if size:
-                _run_ahead(model, cache, prompt, done, last, size)
-                done = last
-        if cache.batch_size == prompt.batch_size and prompt.expand > 1 and cache.num_tokens:
-            cache.repeat(prompt.expand)
-        call.num_given = prompt.num_given
-        call.num_cached = done - (prompt.num_tokens - prompt.num_given)
-
-    def _size_ahead(
-        self, cache: Cache, prompt: hf.Prompt, arguments: dict[str, Any], is_exact: bool
-    ) -> int:
-        """Chunk size in which to compute all but the prompt's last token; 0 leaves it to generate.
-
-        Ahead, because a prompt of several beams or samples is computed once and then repeated, and
-        because exact chunks, or a state that is only read one token at a time, need it.
-        """
-        model, last = self.model, prompt.num_tokens - 1
-        has_beams = cache.num_tokens > 0 and cache.batch_size > prompt.batch_size
-        if is_exact:
-            return self.chunk if continues_states(model, cache) else last
-        is_continued = prompt.num_given < prompt.num_tokens
-        if is_continued and prompt.num_given > 1 and not continues_states(model, cache):
-            return 1
-        if prompt.expand == 1 or has_beams or hf.wants_prompt_outputs(model, arguments):
-            return 0
-        size = hf.setting(model, arguments, "prefill_chunk_size", None)
-        return int(size) if size and continues_states(model, cache) else last
+    # -- what it says ------------------------------------------------------------------------------
 
     def report(self) -> str:
         """What is attached, which modules use mnemon's attention, and what reuse saved."""
@@ -295,58 +262,3 @@ class _Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.replacement(*args, **kwargs)
-
-
-class _Call:
-    """A `generate` call in progress: `num_cached` of its `num_given` ids are in the cache."""
-
-    prompt_mask: torch.Tensor | None = None
-    num_given: int = 0
-    num_cached: int = 0
-
-    def skip_cached(self, arguments: dict[str, Any], names: hf.Stream) -> None:
-        """Take from the first forward what is cached already.
-
-        `generate` slices the prompt itself, except when it drafts, and for recurrent models: there
-        it feeds the whole prompt again.
-        """
-        cached, self.num_cached = self.num_cached, 0
-        ids = arguments.get(names.ids)
-        if not cached or ids is None or ids.ndim != 2 or ids.shape[1] < self.num_given:
-            return
-        num_fed = ids.shape[1]
-        arguments[names.ids] = ids[:, cached:]
-        for name in (names.positions, "token_type_ids", "mm_token_type_ids"):
-            value = arguments.get(name)
-            if isinstance(value, torch.Tensor) and value.shape[-1] == num_fed:
-                arguments[name] = value[..., cached:]
-        mask = arguments.get(names.mask)
-        if names.takes_own_mask and isinstance(mask, torch.Tensor) and mask.shape[1] == num_fed:
-            arguments[names.mask] = mask[:, cached:]
-
-
-def _run_ahead(
-    model: PreTrainedModel, cache: Cache, prompt: hf.Prompt, start: int, stop: int, size: int
-) -> None:
-    """Compute tokens ``[start, stop)`` of the prompt, for all rows that the cache has."""
-    assert prompt.ids is not None
-    # Of a prompt whose beginning was not passed, the cached columns are never read.
-    ids = torch.nn.functional.pad(prompt.ids, (prompt.num_tokens - prompt.num_given, 0))
-    mask = None if bool((prompt.mask == 1).all()) else prompt.mask
-    copies = cache.batch_size // prompt.batch_size if cache.num_tokens else 1
-    if copies > 1:
-        ids = ids.repeat_interleave(copies, dim=0)
-        mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
-    chunks.run(model, ids, cache, mask, start, stop, size)
-
-
-def _name_unlogged(cache: Cache, result: Any) -> None:
-    """Name tokens that a compiled forward cached without writing them down."""
-    sequences = result if isinstance(result, torch.Tensor) else getattr(result, "sequences", None)
-    held, named = cache.num_tokens, cache.num_recorded
-    if (
-        isinstance(sequences, torch.Tensor)
-        and named < held <= sequences.shape[1]
-        and sequences.shape[0] == cache.batch_size
-    ):
-        cache.record_tokens(sequences[:, named:held], None, named)

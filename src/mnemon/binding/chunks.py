@@ -102,7 +102,10 @@ def run(
     """
     tracked = is_attached(model)
     aligned = start == 0 or start == reusable(model, cache, ids.shape[0], chunk)
-    names = hf.stream(model)
+    names, arithmetic = hf.stream(model), _arithmetic(model)
+    # A chunk before the first padding runs without a mask, whatever follows: the same bits.
+    padded = [] if mask is None else (mask == 0).any(dim=0).nonzero().flatten().tolist()
+    first_padded = padded[0] if padded else stop
     outputs = None
     with torch.no_grad():
         padding = torch.ones_like(ids) if mask is None else mask
@@ -110,14 +113,18 @@ def run(
         begin = start
         while begin < stop:
             end = min((begin // chunk + 1) * chunk, stop)
-            inputs = hf.forward_inputs(model, cache, ids, mask, positions, begin, end)
-            outputs = model(**inputs) if tracked else run_forward(names, model, inputs, cache, mask)
+            shown = mask if first_padded < end else None
+            inputs = hf.forward_inputs(model, cache, ids, shown, positions, begin, end)
+            if tracked:
+                outputs = model(**inputs)
+            else:
+                outputs = run_forward(model, names, model, inputs, cache, mask)
             if aligned and end % chunk == 0 and begin % chunk == 0:
                 cache.prefilled = Prefilled(
                     chunk=chunk,
                     num_tokens=end,
                     batch_size=ids.shape[0],
-                    attention=_attention_name(model),
+                    arithmetic=arithmetic,
                 )
             begin = end
             if report is not None:
@@ -130,12 +137,9 @@ def run(
 def reusable(model: PreTrainedModel, cache: Cache, batch_size: int, chunk: int) -> int:
     """Leading tokens of `cache` that were computed in chunks of `chunk`, as they would be now."""
     done = cache.prefilled
-    same = done is not None and (done.chunk, done.batch_size, done.attention) == (
-        chunk,
-        batch_size,
-        _attention_name(model),
-    )
-    if done is None or not same or cache.batch_size != batch_size:
+    if done is None or not (done.batch_size == batch_size == cache.batch_size):
+        return 0
+    if done.chunk != chunk or done.arithmetic != _arithmetic(model):
         return 0
     return min(done.num_tokens, cache.num_tokens) // chunk * chunk
 
@@ -151,11 +155,17 @@ def checked_chunk(chunk: int) -> int:
     return chunk
 
 
-def _attention_name(model: PreTrainedModel) -> str:
-    """The attention implementations in use: another function rounds differently."""
+def _arithmetic(model: PreTrainedModel) -> str:
+    """All that rounding depends on besides numbers and shapes, as far as it can be known."""
     configs = (vars(module).get("config") for module in model.modules())
     names = {str(getattr(config, "_attn_implementation", None)) for config in configs if config}
-    return "+".join(sorted(names))
+    device = model.device
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        where = f"{device.type} {capability} {torch.get_num_threads()} threads"
+    return f"{'+'.join(sorted(names))} on {where}, torch {torch.__version__}"
 
 
 def _check(

@@ -19,6 +19,7 @@ from mnemon.binding.states import continues_states
 from mnemon.cache import Cache
 from mnemon.errors import PrefixMismatch
 from mnemon.hf import generate as hf
+from mnemon.hf.fingerprint import fingerprint
 
 __all__ = ["OnMismatch", "Reuse", "Stats"]
 
@@ -93,6 +94,10 @@ class Reuse:
         # An encoder's keys may be cached before the decoder has seen a token.
         is_filled = cache.batch_size > 0
         is_continued = self.prompt.num_given < self.prompt.num_tokens
+        if is_filled and not is_continued and self._is_of_another_model():
+            self._mismatch("another model filled it")
+            self._reset()
+            is_filled = False
         if is_filled and (is_pair or content) and content != before and not is_continued:
             self._forget_content(is_pair)
             is_filled = False
@@ -105,6 +110,14 @@ class Reuse:
         if content and content != before:
             joined = is_continued and bool(before) and not is_pair
             cache.content_key = f"{before}+{content}" if joined else content
+
+    def _is_of_another_model(self) -> bool:
+        """Whether a model that still exists, and computes otherwise, filled the cache."""
+        filled_by = self.cache.filled_by
+        other = None if filled_by is None else filled_by()
+        if other is None or other is self.model:
+            return False
+        return bool(fingerprint(other).differences(fingerprint(self.model)))
 
     # -- tokens ----------------------------------------------------------------------------------
 

@@ -1,9 +1,11 @@
 """Which tokens a forward put into a cache, and a cache that stays whole when a forward breaks."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
+from transformers import PreTrainedModel
 
 from mnemon.binding.prefix import UNKNOWN
 from mnemon.cache import Cache
@@ -36,6 +38,7 @@ def own_cache(arguments: Mapping[str, Any]) -> Cache | None:
 
 
 def run_forward(
+    model: PreTrainedModel,
     names: hf.Stream,
     forward: Callable[..., Any],
     arguments: Mapping[str, Any],
@@ -49,7 +52,7 @@ def run_forward(
     exception carries a note that says so.
 
     Args:
-        names: what the model calls its arguments.
+        names: what `model` calls its arguments.
         prompt_mask: ``[batch, tokens]``, for calls whose own mask is not per token.
     """
     start = cache.num_tokens
@@ -61,6 +64,7 @@ def run_forward(
     ids, embeds = arguments.get(names.ids), arguments.get(names.embeds)
     if ids is None and embeds is not None:
         ids = torch.full(embeds.shape[:2], UNKNOWN, dtype=torch.int64)
+    cache.filled_by = weakref.ref(model)
     if ids is not None and ids.ndim == 2:
         mask = _mask_of_new(arguments.get(names.mask), prompt_mask, start, ids)
         cache.record_tokens(ids, mask, start)

@@ -180,7 +180,7 @@ def _with_progress(
         task = bar.add_task(name, total=bench_run.num_units(settings, rivals))
 
         def progress(doing: str, units: int) -> None:
-            bar.update(task, advance=units, **({"description": doing} if doing else {}))
+            bar.update(task, advance=units, description=doing or None)
             bar.refresh()  # before the work, so that the thread that draws does not disturb it
 
         return bench_run.measure(model, rivals, settings, progress)

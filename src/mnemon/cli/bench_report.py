@@ -58,18 +58,17 @@ def show(found: dict[str, Any], out: Path | None) -> None:
 
     console = Console(highlight=False)
     console.print(_title(found), style="bold")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("tokens", justify="right")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("cache", no_wrap=True)
     shown = [title for title in _columns(found) if title not in _ONLY_WRITTEN]
     for title in shown:
         table.add_column(title, justify="right", no_wrap=True)
     for context, rows in _by_context(found):
-        for index, row in enumerate(rows):
-            first = output.format_context(context) if index == 0 else ""
+        table.add_row(f"{output.format_context(context)} tokens", style="bold cyan")
+        for row in rows:
             style = "bold" if row["library"] == "mnemon" else ""
             cells = dict(zip(_columns(found), _cells(found, row), strict=True))
-            table.add_row(first, row["cache"], *(cells[title] for title in shown), style=style)
+            table.add_row("  " + row["cache"], *(cells[title] for title in shown), style=style)
         table.add_section()
     console.print(table)
     for row in found["results"]:
@@ -110,9 +109,9 @@ def _columns(found: dict[str, Any]) -> list[str]:
 
 def _cells(found: dict[str, Any], row: dict[str, Any]) -> list[str]:
     """The cells of one row, under `_columns`."""
-    size = output.format_bytes
+    size = _short
     values: dict[str, tuple[Any, Any]] = {
-        "tok/s": (row["tokens_per_s"], lambda v: f"{v:,.1f}"),
+        "tok/s": (row["tokens_per_s"], lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.1f}"),
         "ms/token": (row["step_ms"], lambda v: f"{v:,.2f}"),
         "x": (row["speed_ratio"], lambda v: f"{v:.2f}"),
         "prefill/s": (row["prefill_tokens_per_s"], lambda v: f"{v:,.0f}"),
@@ -127,6 +126,12 @@ def _cells(found: dict[str, Any], row: dict[str, Any]) -> list[str]:
         value, write = values[title]
         cells.append("-" if value is None else write(value))
     return cells
+
+
+def _short(size_bytes: int) -> str:
+    """A size with three digits: "33.8 MiB"."""
+    number, unit = output.format_bytes(size_bytes).split()
+    return f"{number[:4] if number[2:3] == '.' else number} {unit}"
 
 
 def _by_context(found: dict[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]:

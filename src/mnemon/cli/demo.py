@@ -153,9 +153,9 @@ def _table(result: DemoResult) -> Table:
     table.add_column("cache", overflow="fold")  # the one column that may fold
     for title in (
         "tokens/s",
-        "first\ntoken, ms",
+        "first\nms",
         "bytes/\ntoken",
-        "peak\nmemory",
+        "peak\nMiB",
         "same\ntokens",
         "logits\ndiffer",
         "bits/\nbyte",
@@ -178,7 +178,7 @@ def _cells(row: Row) -> list[str]:
         cell(row.tokens_per_s, "{:.1f}".format),
         cell(row.first_token_s, lambda seconds: f"{1000 * seconds:,.0f}"),
         cell(row.bytes_per_token, "{:,.0f}".format),
-        cell(row.peak_bytes, output.format_bytes),
+        cell(row.peak_bytes, lambda size: f"{size / 2**20:,.1f}"),
         cell(row.agreement, percent),
         cell(row.logit_difference, small),
         cell(row.bits_per_byte, "{:.3f}".format),

@@ -61,8 +61,7 @@ def _show(summary: FileSummary) -> None:
 
 def _facts(summary: FileSummary) -> list[tuple[str, str]]:
     rows, tokens = summary.batch_size, summary.num_tokens
-    all_tokens = rows * tokens
-    known = "all" if summary.num_known_tokens == all_tokens else f"{summary.num_known_tokens:,}"
+    known = "all" if summary.num_known_tokens == tokens else f"{summary.num_known_tokens:,}"
     model = summary.model_name or "a model that was not named"
     weights = "" if summary.has_weights_hash else ", weights not recorded"
     checked = {

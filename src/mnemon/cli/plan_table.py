@@ -111,6 +111,10 @@ def make_plan(
     saved = planner.model_dtype(config, folder)
     used = models.DTYPE_SHORT_NAMES.get(dtype, dtype)
     used = saved if used == "auto" else used
+    if used not in planner.DTYPES:
+        raise PlanError(
+            f"--dtype: unknown dtype {dtype!r}; valid are auto, {', '.join(planner.DTYPES)}."
+        )
     weights = planner.weight_bytes(config, facts, folder, dtype=used, as_saved=used == saved)
 
     rows = []
@@ -199,7 +203,7 @@ def _text(plan: dict[str, Any]) -> str:
     if limit is not None and plan["context"] > limit:
         head.append(f"note: this model was made for {count(limit)} tokens.")
     with_memory = plan["memory_bytes"] is not None
-    header = ["recipe", "bytes/token", "cache", "weights + cache"]
+    header = ["recipe", "bytes/token", "cache", "total"]
     header += ["fits", "max context", "max batch"] if with_memory else []
     rows = []
     for row in plan["recipes"]:
@@ -217,11 +221,11 @@ def _text(plan: dict[str, Any]) -> str:
             ]
         rows.append(cells)
     tail = [
-        "Exact bytes of what is kept. static(n) takes all at once; dense grows as it fills, and on "
-        "an accelerator may reserve 1/8 more."
+        "Exact bytes of what is kept; total: with the weights. static(n) takes all at once,",
+        "dense grows as it fills, and on an accelerator may reserve 1/8 more.",
     ]
     if plan["weight_bytes"] is None:
-        tail.append("The weights are not on this machine and this architecture is not counted: -.")
+        tail.append("-: the weights are not on this machine, nor counted for this architecture.")
         if with_memory:
             tail.append("fits, max context and max batch are for the cache alone.")
     return "\n".join([*head, "", output.plain_table(header, rows), "", *tail])

@@ -120,7 +120,7 @@ def _load(file: TensorFile, model: "PreTrainedModel", verify: Verify) -> Cache:
             for index, layer in enumerate(group):
                 _check_at_first_use(layer, file, f"{name}.{index}.")
     if found.weights is not None:
-        vars(cache)["filled_by"] = weakref.ref(model)
+        cache.filled_by = weakref.ref(model)
     return cache
 
 
@@ -133,9 +133,8 @@ def _check_at_first_use(layer: CacheLayer, file: TensorFile, prefix: str) -> Non
 def _fingerprint_of(
     cache: Cache, model: "PreTrainedModel | None", tensors: Mapping[str, torch.Tensor]
 ) -> Fingerprint:
-    filled_by = vars(cache).get("filled_by")
-    if model is None and filled_by is not None:
-        model = filled_by()
+    if model is None and cache.filled_by is not None:
+        model = cache.filled_by()
     if model is not None:
         return fingerprint(model)
     # Keys have the model's dtype; states beside them may be wider.

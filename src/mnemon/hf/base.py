@@ -21,6 +21,10 @@ class CacheFacade(_TransformersCache, ABC):
 
     layers: list[Any]
 
+    def _init_facade(self, layers: list[Any]) -> None:
+        """Give transformers' base class its layers; it annotates them as its own."""
+        _TransformersCache.__init__(self, layers=layers)
+
     # -- what a forward pass calls ---------------------------------------------------------------
 
     def update(
@@ -185,6 +189,9 @@ class CacheFacade(_TransformersCache, ABC):
 
 class PairFacade(_TransformersEncoderDecoderCache):
     """What makes a pair of caches a real ``transformers.EncoderDecoderCache``."""
+
+    self_attention_cache: Any
+    cross_attention_cache: Any
 
     def _init_pair(self, decoder: CacheFacade, cross: CacheFacade) -> None:
         _TransformersEncoderDecoderCache.__init__(self, decoder, cross)

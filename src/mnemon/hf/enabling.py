@@ -22,6 +22,21 @@ from mnemon.hf.masks import ATTENTION_NAME, EAGER_NAME
 
 __all__ = ["Restore", "enable"]
 
+# What modules call the projection that makes their keys.
+_KEYS = frozenset(
+    (
+        "c_attn",
+        "k",
+        "k_lin",
+        "k_proj",
+        "key",
+        "key_proj",
+        "qkv",
+        "qkv_proj",
+        "query_key_value",
+        "Wqkv",
+    )
+)
 _STANDS_IN_FOR = {"sdpa": ATTENTION_NAME, "eager": EAGER_NAME}
 
 
@@ -152,7 +167,4 @@ def _asks_by_name(cls: type, name: str) -> bool:
 
 def _keeps_attention_of_its_own(module: nn.Module) -> bool:
     """Whether a module looks like an attention with keys, outside the interface."""
-    projections = set(module._modules)
-    return "attention" in type(module).__name__.lower() and bool(
-        projections & {"k_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "qkv_proj", "k"}
-    )
+    return "attention" in type(module).__name__.lower() and not _KEYS.isdisjoint(module._modules)

@@ -180,7 +180,7 @@ def read_prompt(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Prompt:
         ids = torch.full((1, 1), int(_first(setting(model, arguments, "bos_token_id", 0))))
         shape = ids.shape
     else:
-        shape = ids.shape[:2]
+        shape = ids.shape[:2] if ids.ndim > 1 else torch.Size((1, *ids.shape))
     mask = arguments.get(names.mask)
     if mask is None or mask.ndim != 2 or mask.shape[1] < shape[1] - 1:
         mask = _inferred_mask(model, arguments, ids, shape)
@@ -189,7 +189,7 @@ def read_prompt(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Prompt:
     return Prompt(
         ids=None if unreadable else ids,
         mask=(mask != 0).long(),
-        num_tokens=max(mask.shape[1], shape[1]),
+        num_tokens=shape[1] if unreadable else max(mask.shape[1], shape[1]),
         num_given=shape[1],
         batch_size=shape[0],
         expand=expand,

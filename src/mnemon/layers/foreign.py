@@ -88,8 +88,8 @@ class ForeignLayer(CacheLayer):
     @property
     def is_croppable(self) -> bool:
         # A class that adds state but inherits crop would take back the keys only.
-        adds_state = type(self._inner).__init__ is not type(self._inner).__mro__[1].__init__
-        return not adds_state or "crop" in type(self._inner).__dict__
+        own = vars(type(self._inner))
+        return "__init__" not in own or "crop" in own
 
     def can_crop(self, num_tokens: int) -> bool:
         if num_tokens == 0:
@@ -163,7 +163,8 @@ class ForeignLayer(CacheLayer):
         return other
 
     def state(self) -> LayerState:
-        tensors, meta = {}, {}
+        tensors: dict[str, torch.Tensor] = {}
+        meta: dict[str, Any] = {}
         for name, value in self._inner.__dict__.items():
             if isinstance(value, torch.Tensor):
                 tensors[name] = value

@@ -41,6 +41,7 @@ class StaticLayer(TokenLayer):
         return self.max_tokens
 
     def traced_length(self) -> int | torch.Tensor:
+        assert isinstance(self._keys, StaticBuffer)
         counter = self._keys.counter
         if torch.compiler.is_compiling() and counter is not None:
             return counter + self._dropped if self._dropped else counter

@@ -11,6 +11,7 @@ live bytes.
 """
 
 import mmap
+import sys
 import weakref
 from typing import final
 
@@ -22,6 +23,7 @@ __all__ = ["TokenBuffer"]
 
 _MAPPED_FROM_BYTES = 1 << 20
 _COPY_CHUNK_BYTES = 4 << 20
+_COPY_CHUNKS = 32
 _MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 _ROUND_TOKENS = 64
 
@@ -36,6 +38,7 @@ class _Storage:
 
     __slots__ = (
         "__weakref__",
+        "born",
         "borrowed",
         "capacity",
         "data",
@@ -65,6 +68,7 @@ class _Storage:
         self.mapping = mapping
         self.borrowed = borrowed
         self.users: weakref.WeakSet[TokenBuffer] = weakref.WeakSet()
+        self.born = 0 if mapping is None else _num_tensors(data)
 
     @property
     def is_shared(self) -> bool:
@@ -289,14 +293,8 @@ class TokenBuffer:
         """Whether nobody else can read the old pages, so that they can go while we copy."""
         storage = self._storage
         assert storage is not None
-        count = getattr(torch._C, "_storage_Use_Count", None)
-        if storage.mapping is None or count is None:
-            return False
-        # storage.data, the mapping's own tensor, `view` and the handle asked with: more than
-        # these means that somebody kept a view.
-        handle = storage.data.untyped_storage()
-        baseline = 3
-        return bool(count(handle._cdata) <= baseline)
+        # As many tensors as at birth, and `view`: more means that somebody kept one.
+        return storage.mapping is not None and 0 < _num_tensors(storage.data) <= storage.born + 1
 
     @torch.compiler.disable
     def _adopt(self, content: torch.Tensor, *, reserve: bool) -> None:
@@ -305,6 +303,15 @@ class TokenBuffer:
         fresh.data.narrow(-2, 0, tokens).copy_(content)
         fresh.tip = tokens
         self._use(fresh, 0, tokens)
+
+
+def _num_tensors(data: torch.Tensor) -> int:
+    """How many tensors, arrays and handles share the memory of `data`; 0 where torch hides it."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:
+        return 0
+    handle = data.untyped_storage()  # one object however often it is asked for: count its names
+    return int(count(handle._cdata)) + sys.getrefcount(handle)
 
 
 def _capacity(num_tokens: int, device: torch.device, exact: bool) -> int:
@@ -346,7 +353,9 @@ def _copy_and_release(old: torch.Tensor, new: torch.Tensor, source: _Storage | N
     rows_old = old.flatten(0, -3)
     rows_new = new.flatten(0, -3)
     first = (old.data_ptr() - source.data.data_ptr()) // itemsize // width
-    chunk = max(1, _COPY_CHUNK_BYTES // max(1, width * itemsize))
+    size_bytes = old.numel() * itemsize
+    chunk_bytes = min(_COPY_CHUNK_BYTES, max(size_bytes // _COPY_CHUNKS, 16 * mmap.PAGESIZE))
+    chunk = max(1, chunk_bytes // max(1, width * itemsize))
     page = mmap.PAGESIZE
     for row in range(rows_old.shape[0]):
         for begin in range(0, old.shape[-2], chunk):

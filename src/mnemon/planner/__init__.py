@@ -6,10 +6,11 @@ real forward pass. What it does not know is a `PlanError`, never a guess.
 
 from mnemon.planner.families import MODEL_TYPES
 from mnemon.planner.layers import LayerPlan, ModelPlan, plan_model
-from mnemon.planner.recipes import CachePlan, max_batch, max_context, plan_cache
+from mnemon.planner.recipes import DTYPES, CachePlan, max_batch, max_context, plan_cache
 from mnemon.planner.weights import model_dtype, weight_bytes
 
 __all__ = [
+    "DTYPES",
     "MODEL_TYPES",
     "CachePlan",
     "LayerPlan",

@@ -8,6 +8,7 @@ from mnemon.errors import PlanError
 from mnemon.planner.layers import LayerPlan, ModelPlan
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+DTYPES = tuple(ITEM_BYTES)
 _MOST_TOKENS = 1 << 40
 
 

@@ -56,8 +56,8 @@ def state_values(s: Settings) -> StateValues:
         case "nemotron_h":
             inner = s.number("mamba_num_heads") * s.number("mamba_head_dim")
             groups = "mamba_n_groups" if "mamba_n_groups" in s.raw else "n_groups"
-            kernel = "mamba_d_conv" if "mamba_d_conv" in s.raw else "conv_kernel"
-            return _mamba2(inner, inner, s, groups, "ssm_state_size", kernel)
+            width = "mamba_d_conv" if "mamba_d_conv" in s.raw else "conv_kernel"
+            return _mamba2(inner, inner, s, groups, "ssm_state_size", width)
         case "lfm2" | "lfm2_moe" | "lfm3":
             return StateValues(s.number("hidden_size") * s.number("conv_L_cache"), 0)
         case "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" | "olmo_hybrid":

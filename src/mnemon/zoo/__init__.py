@@ -5,8 +5,8 @@
     model = AutoModelForCausalLM.from_pretrained(bundled_model_path())
 
 - `corpus`, `tasks`, `tokenizer`: what it is trained on
-- `architecture`, `wiring`, `schedule`, `train`: how
-- `recall`, `evaluate`, `card`: what came of it
+- `architecture`, `wiring`, `schedule`, `prepare`, `trainer`, `train`: how
+- `prompts`, `recall`, `evaluate`, `card`: what came of it
 """
 
 from __future__ import annotations

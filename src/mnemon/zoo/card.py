@@ -46,7 +46,8 @@ tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
 Exact match of a two-token answer, decoded greedily; the distance is tokens from an answer's
 token back to its source. `needle`: a planted line among held-out text and other such lines.
 `pairs`: random two-word keys with two-word values, no text. Chance is {chance:.1e}. In
-brackets the 95% Wilson interval; n = {samples} prompts per cell, {dtype}.
+brackets the 95% Wilson interval; {samples} prompts per cell of `needle`, {pairs_samples} of
+`pairs`; weights and arithmetic in {dtype}.
 
 | distance | needle | pairs |
 |---:|---|---|
@@ -73,10 +74,15 @@ another order; lines planted in the text and asked for later), fresh at every st
 ## Training
 
 {steps:,} steps, {tokens:,} tokens, {minutes} minutes on {hardware}; Muon for the
-matrices (rate {matrix_lr}), AdamW for the rest (rate {other_lr}); rows of 256 to {context:,}
-tokens, growing. {init}
+matrices (rate {matrix_lr}), AdamW for the rest (rate {other_lr}); rows of 256 tokens at first,
+then up to {longest:,}.
 
-Reproduce: `{command}`
+{init}
+
+Reproduce: `{command}`. A step's rows depend
+on the seed and the step alone, but the run was bounded by wall clock, was interrupted and
+resumed, and moved to longer rows by accuracy and time spent: the same command gives a like
+model, not the same bits.
 
 Measured on {date} with torch {torch}, transformers {transformers}: `{eval_command}`
 (figures in `eval.json`, training record in `training.json`).
@@ -93,14 +99,13 @@ Weights and code: Apache-2.0. The training text is Python's standard library and
 documentation, under the PSF licence; none of it is shipped here.
 """
 
-_WIRED = (
-    "**The starting weights are not random only**: two layers begin as an induction circuit "
-    "(`mnemon/zoo/wiring.py`), because from random weights copying from context takes tens of "
-    "millions of tokens to appear. At the start, before any training, that circuit alone answers "
-    "most recall prompts and predicts text worse than chance; training taught it text, and to "
-    "recall with text around. Its recall is thus real attention over the KV cache, but it says "
-    "nothing about how recall emerges."
-)
+_WIRED = """\
+**The starting weights are not all random.** Two layers begin as an induction circuit
+(`mnemon/zoo/wiring.py`): from random weights, a model of this size had learnt next to no
+copying after several million tokens, more than this run could spend. Before any training that
+circuit already gives most recalled tokens (`tests/zoo/test_wiring.py` holds it to that) and
+predicts text hardly better than chance; training taught the model text, and to recall with text
+around. Its recall is real attention over the KV cache; how recall emerges it cannot tell."""
 _PLAIN = "The starting weights were random."
 
 
@@ -152,6 +157,7 @@ def write_card(folder: Path) -> Path:
         * config["head_dim"],
         chance=measured["chance"],
         samples=needle[0]["samples"],
+        pairs_samples=pairs[0]["samples"],
         dtype=measured["dtype"],
         curve="\n".join(
             f"| {a['distance']:,} | {_cell(a)} | {_cell(b)} |"
@@ -178,6 +184,7 @@ def write_card(folder: Path) -> Path:
         tokens=training["tokens"],
         minutes=training["minutes"],
         hardware=training["hardware"],
+        longest=training["longest_row"],
         matrix_lr=training["matrix_lr"],
         other_lr=training["other_lr"],
         init=_WIRED if training["init"] == "wired" else _PLAIN,

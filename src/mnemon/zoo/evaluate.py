@@ -30,6 +30,7 @@ def evaluate(
     folder: Path,
     *,
     samples: int = 100,
+    pairs_samples: int | None = None,
     text_bytes: int | None = None,
     dtype: str = "float32",
     command: str = "",
@@ -39,6 +40,7 @@ def evaluate(
     Args:
         folder: the model's folder.
         samples: prompts per task and distance.
+        pairs_samples: prompts per distance of the ``pairs`` task; ``samples`` when None.
         text_bytes: measure bits per byte on the first so many held-out bytes; all when None.
         dtype: the dtype the weights are run in.
         command: what was typed, to be recorded.
@@ -70,7 +72,11 @@ def evaluate(
         task: [
             point._asdict() | {"accuracy": round(point.accuracy, 4)}
             for point in recall_by_distance(
-                model, tokenizer, distances=DISTANCES, samples=samples, task=task
+                model,
+                tokenizer,
+                distances=DISTANCES,
+                samples=pairs_samples if pairs_samples and task == "pairs" else samples,
+                task=task,
             )
         ]
         for task in TASKS
@@ -104,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mnemon.zoo.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--pairs-samples", type=int)
     parser.add_argument("--text-bytes", type=int)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args(arguments)
@@ -111,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     measured = evaluate(
         given.model,
         samples=given.samples,
+        pairs_samples=given.pairs_samples,
         text_bytes=given.text_bytes,
         dtype=given.dtype,
         command=f"python -m mnemon.zoo.evaluate {typed.replace(str(given.model), 'DIR')}",

@@ -1,7 +1,7 @@
 """An initialisation that contains one induction circuit, so that recall need not emerge.
 
 From the usual random weights, copying from context appears in a small model only after
-tens of millions of tokens. Here two layers start as that circuit and everything else
+millions of tokens: hours on a CPU. Here two layers start as that circuit and everything else
 starts silent (output projections at zero); training does the rest. The model's shape and
 code are plain Llama; only the starting weights differ.
 
