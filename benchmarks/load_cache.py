@@ -1,6 +1,6 @@
 """Saves and loads a cache of 1 GiB, beside torch.save/load of the same tensors.
 
-    python benchmarks/load_cache.py [--gib 1.0] [--repeats 7] [--saves 2] [--cold 1] [--directory DIR]
+    python benchmarks/load_cache.py [--gib 1] [--repeats 7] [--saves 2] [--cold 1] [--directory .]
 
 Writes benchmarks/results/load_cache.json and .md. Warm: the file is in the page cache. Cold: it was
 dropped from there just before (posix_fadvise), so the disk is measured too.
@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -97,13 +96,19 @@ def touch_layers(cache: mnemon.Cache) -> None:
         touch(layer.view())
 
 
+def resident_mib(name: str) -> float:
+    """VmRSS: memory in use now; VmHWM: the most there was since clear_refs was written to."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(name))
+
+
 def peak_mib_while_saving(directory: Path, gib: float) -> float:
     """How far resident memory rises above what it was, in a process of its own."""
     code = (
-        "import sys, resource; sys.path.insert(0, sys.argv[1]); import load_cache as b\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import load_cache as b\n"
         "model = b.make_model(); cache = b.fill(model, int(float(sys.argv[3]) * 2**30))\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "before = peak(); cache.save(sys.argv[2], model=model); print(peak() - before)"
+        "before = b.resident_mib('VmRSS'); open('/proc/self/clear_refs', 'w').write('5')\n"
+        "cache.save(sys.argv[2], model=model); print(b.resident_mib('VmHWM') - before)"
     )
     arguments = [str(Path(__file__).parent), str(directory / "peak"), str(gib)]
     result = subprocess.run(
@@ -118,20 +123,29 @@ def measure_saving(
 ) -> dict[str, float]:
     views = [layer.view() for layer in cache.layers]
     tensors = {f"{i}.{n}": t.contiguous() for i, v in enumerate(views) for n, t in enumerate(v)}
+
+    def fresh() -> None:
+        path.unlink(missing_ok=True)
+        pickled.unlink(missing_ok=True)
+
+    def save() -> None:
+        cache.save(path, model=model)
+
     found = {
         "size_bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
         "num_tokens": cache.num_tokens,
-        "save_s": timed(lambda: cache.save(path, model=model), repeats),
-        "torch_save_s": timed(lambda: torch_save(tensors, pickled, sync=True), repeats),
+        "torch_save_s": timed(lambda: torch_save(tensors, pickled, sync=True), repeats, fresh),
+        "save_s": timed(save, repeats, fresh),
     }
     fsync, os.fsync = os.fsync, lambda _: None
     try:  # what the processor does, without the disk
-        found["save_without_fsync_s"] = timed(lambda: cache.save(path, model=model), repeats)
+        found["save_without_fsync_s"] = timed(save, repeats, fresh)
     finally:
         os.fsync = fsync
     found["torch_save_without_fsync_s"] = timed(
-        lambda: torch_save(tensors, pickled, sync=False), repeats
+        lambda: torch_save(tensors, pickled, sync=False), repeats, fresh
     )
+    save()
     return found
 
 
@@ -248,7 +262,6 @@ def main() -> None:
         "hardware": hardware(),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "numbers": numbers | {"save_peak_mib": peak},
     }
     RESULTS.mkdir(parents=True, exist_ok=True)

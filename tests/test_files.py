@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -321,8 +322,9 @@ def test_weights_are_known_through_attach(tmp_path: Path) -> None:
 def test_other_config(tmp_path: Path) -> None:
     model, cache = llama()
     save_cache(cache, tmp_path / "file", model=model)
-    config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 3})
-    with pytest.raises(WrongModel, match="num_hidden_layers 4 against 3"):
+    layers = model.config.num_hidden_layers
+    config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": layers + 1})
+    with pytest.raises(WrongModel, match=f"num_hidden_layers {layers} against {layers + 1}"):
         load_cache(tmp_path / "file", type(model)(config))
     with pytest.raises(WrongModel, match="model type 'llama' against 'mistral'"):
         load_cache(tmp_path / "file", built("mistral")[0])
@@ -432,16 +434,16 @@ def test_lazy_damage_is_found_before_a_number_is_used(
     monkeypatch.setattr(tensors, "SMALL_BYTES", 0)
     model, path = small
     with header.open_for_reading(path) as (_, found):
-        entry, begin = found.tensors["layers.2.values"], found.data_begin
+        entry, begin = found.tensors["layers.1.values"], found.data_begin
     data = bytearray(path.read_bytes())
     data[begin + entry.begin + 9] ^= 4
     path.write_bytes(data)
     loaded = load_cache(path, model)
     assert loaded.num_tokens == 3  # facts are in the header, which was checked
-    loaded.layers[1].view()
+    loaded.layers[0].view()
     for _ in range(2):
-        with pytest.raises(DamagedFile, match=r"layers\.2\.values"):
-            loaded.layers[2].view()
+        with pytest.raises(DamagedFile, match=r"layers\.1\.values"):
+            loaded.layers[1].view()
     for verb in (
         lambda: go_on_one(model, loaded),
         lambda: loaded.fork(),
@@ -449,10 +451,10 @@ def test_lazy_damage_is_found_before_a_number_is_used(
         lambda: loaded.repeat(2),
         lambda: loaded.to_state(),
         lambda: loaded.save(tmp_path / "again"),
-        lambda: setattr(loaded.layers[2], "note", 1),
+        lambda: setattr(loaded.layers[1], "note", 1),
         lambda: Cache.merge([loaded, loaded]),
     ):
-        with pytest.raises(DamagedFile, match=r"layers\.2\.values"):
+        with pytest.raises(DamagedFile, match=r"layers\.1\.values"):
             verb()
     assert not (tmp_path / "again").exists()
 
@@ -664,8 +666,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("delay_ms", [2, 15])
-def test_ctrl_c_while_saving(tmp_path: Path, delay_ms: int) -> None:
+def test_ctrl_c_while_saving(tmp_path: Path) -> None:
     path = tmp_path / "file"
     process = subprocess.Popen(
         [sys.executable, "-c", _SAVE_FOREVER, str(path)],
@@ -676,7 +677,7 @@ def test_ctrl_c_while_saving(tmp_path: Path, delay_ms: int) -> None:
     assert process.stdout is not None
     while process.stdout.readline() != "saved\n":
         assert process.poll() is None
-    signal.sigtimedwait([], delay_ms / 1000)
+    time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in errors

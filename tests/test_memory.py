@@ -27,7 +27,8 @@ torch.manual_seed(0)
 step = 64
 new = torch.randn(batch, heads, step, 128).to(torch.bfloat16)
 warm = DenseLayer()
-warm.append(new, new)
+while warm.nbytes < 6 << 20:  # whatever torch loads on the way is not the cache's
+    warm.append(new, new)
 del warm
 gc.collect()
 layer = DenseLayer()
@@ -42,7 +43,8 @@ while layer.num_tokens < num_tokens:
         worst = max(worst, (status("VmHWM") - before) / live)
     reset_peak()
 view = layer.view()
-tail_is_right = bool(torch.equal(view[0][:, :, -step:], new) and torch.equal(view[1][:, :, :step], new))
+tail_is_right = bool(torch.equal(view[0][:, :, -step:], new))
+tail_is_right &= bool(torch.equal(view[1][:, :, :step], new))
 print(json.dumps({
     "worst": worst, "end": status("VmRSS") - before, "live": layer.nbytes,
     "reserved": layer.nbytes_reserved, "right": tail_is_right,

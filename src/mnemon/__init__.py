@@ -4,7 +4,6 @@ Names are imported when they are first used, so that ``import mnemon`` does not 
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,10 +12,7 @@ if TYPE_CHECKING:
     from mnemon.files import load_cache
     from mnemon.recipe import Recipe
 
-try:
-    __version__ = version("mnemon")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0+source"
+    __version__: str
 
 _HOME = {
     "Cache": "mnemon.cache",
@@ -33,11 +29,24 @@ __all__ = ["Cache", "Recipe", "attach", "detach", "errors", "load_cache", "prefi
 def __getattr__(name: str) -> Any:
     if name == "errors":
         return import_module("mnemon.errors")
-    if name not in _HOME:
+    if name == "__version__":
+        value = _version()
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
         raise AttributeError(f"module 'mnemon' has no attribute {name!r}; it has {__all__}")
-    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    # importlib.metadata takes longer to import than all that `mnemon plan` needs besides.
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mnemon")
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "0+source"
 
 
 def __dir__() -> list[str]:

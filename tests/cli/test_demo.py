@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from cli_models import CONTEXT, run, run_json, save_tiny
-from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    MambaConfig,
+    MambaForCausalLM,
+    QuantizedCache,
+    StaticCache,
+)
 
 import mnemon
 from mnemon.cli import contenders, demo_run, trial
@@ -219,6 +226,22 @@ def test_score_is_what_the_whole_text_scores(llm: Any) -> None:
     found = trial.score(llm, ids, DynamicCache(config=llm.config), 40)
     torch.testing.assert_close(found.logits, logits, atol=1e-4, rtol=1e-4)
     assert found.nll == pytest.approx(float(nll), rel=1e-5)
+
+
+def test_mamba_type_models_are_measured_too() -> None:
+    config = MambaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1, state_size=4)
+    torch.manual_seed(0)
+    model = MambaForCausalLM(config).eval()
+    ids = torch.arange(3, 23)[None]
+    runs, logits = [], []
+    for make in (lambda: DynamicCache(config=config), lambda: mnemon.Cache(config)):
+        runs.append(trial.generate(model, ids, make(), 5).tokens)
+        logits.append(trial.score(model, ids, make(), 10).logits)
+    assert runs[0] == runs[1]
+    torch.testing.assert_close(*logits)
+    filled = DynamicCache(config=config)
+    trial.generate(model, ids, filled, 2)
+    assert contenders.held_tokens(filled) is None
 
 
 def test_times_add_up(llm: Any) -> None:

@@ -136,6 +136,7 @@ def test_new_tokens_are_cut_to_the_context(model: Path) -> None:
         (["--prompt", "a", "--save-cache", "x", "--num-beams", "2"], 2, "beam"),
         (["--prompt", "a", "-n", "0"], 2, "max-new"),
         (["--prompt", "a", "--dtype", "int8"], 1, "dtype"),
+        (["--prompt", "a", "--save-cache", "nowhere/x"], 1, "its folder is not there"),
     ],
 )
 def test_errors_are_short_and_have_their_code(

@@ -263,7 +263,7 @@ def test_a_trained_through_cache_goes_on_without_gradients() -> None:
     assert layer.num_tokens == 2
 
 
-# -- recording: what may be taken back --------------------------------------------------------------
+# -- recording: what may be taken back -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["window", "window+conv", "conv"])

@@ -1,0 +1,1 @@
+"""What transformers 5.23 gets wrong, shown, and what mnemon does instead; one file per defect."""

@@ -184,6 +184,8 @@ def test_any_failing_call_leaves_the_old_file(
     assert os.listdir(target.parent) == [target.name]
 
 
+# A file that was just opened is closed when the exception lets go of its frame.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_interrupt_at_every_line(target: Path) -> None:
     """KeyboardInterrupt at the n-th executed line of the writer, for every n there is."""
     interrupted = 0

@@ -6,10 +6,21 @@ import contextlib
 import dataclasses
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from .architectures import rows
-from .modes import MODES, TURNS, Bench, MakeCache, default_cache, dynamic_cache, mnemon_cache
+from .modes import (
+    MODES,
+    STATIC,
+    TURNS,
+    Bench,
+    MakeCache,
+    default_cache,
+    dynamic_cache,
+    mnemon_cache,
+    static_reference,
+)
 
 EQUAL, DIFFERENT, ERROR, NOT_APPLICABLE = "equal", "different", "error", "n/a"
 
@@ -37,13 +48,17 @@ def bench(row: str) -> Bench:
 def reference(row: str, mode: str) -> Tensor | Exception:
     """The tokens of transformers' default cache, or what it raised.
 
-    In turns on one conversation, it is one DynamicCache that serves all turns.
+    In turns on one conversation, it is one DynamicCache that serves all turns. For `static(n)` it
+    is the default cache too, if transformers' StaticCache works: it raises nothing and agrees.
     """
     make_cache = dynamic_cache if mode in TURNS else default_cache
     try:
-        return MODES[mode](bench(row), make_cache)
+        tokens = MODES[mode](bench(row), make_cache)
+        if mode in STATIC and not torch.equal(tokens, static_reference(bench(row), mode)):
+            raise ValueError("StaticCache gives other tokens than DynamicCache")
     except Exception as error:  # whatever it is: the cell is n/a, and its type is shown
         return error
+    return tokens
 
 
 @lru_cache(maxsize=64)

@@ -169,12 +169,17 @@ def static_padded(bench: Bench, cache: MakeCache) -> Tensor:
 
 
 def _static(bench: Bench, cache: MakeCache, inputs: Inputs) -> Tensor:
-    """Reference: transformers' StaticCache; candidate: `static(n)` of the same length."""
+    """Room for exactly what comes."""
     prompt = inputs.get("decoder_input_ids", inputs.get("input_ids"))
     assert prompt is not None
-    own = cache(bench.model, f"static({prompt.shape[1] + NUM_NEW})")
-    kwargs = {"cache_implementation": "static"} if own is None else {}
-    return bench.generate(inputs, own, **kwargs)
+    return bench.generate(inputs, cache(bench.model, f"static({prompt.shape[1] + NUM_NEW})"))
+
+
+def static_reference(bench: Bench, mode: str) -> Tensor:
+    """What transformers' StaticCache gives in a static mode."""
+    padding = {"static": 0, "static_padded": PADDING}[mode]
+    inputs = bench.make_inputs(3 if padding else 1, PROMPT, padding=padding)
+    return bench.generate(inputs, None, cache_implementation="static")
 
 
 MODES: dict[str, Mode] = {
@@ -195,3 +200,5 @@ MODES: dict[str, Mode] = {
 
 #: Modes in which one cache serves several calls of `generate`.
 TURNS = ("multi_turn", "multi_turn_padded")
+#: Modes of the recipe `static(n)`.
+STATIC = ("static", "static_padded")

@@ -11,12 +11,12 @@ from torch import Tensor
 from .architectures import rows
 from .broken import forgetful_cache
 from .cells import EQUAL, NOT_APPLICABLE, judge, reference
-from .modes import MODES, NUM_NEW
+from .modes import MODES, NUM_NEW, STATIC
 
 # transformers and the modeling files warn about their own deprecations: not what is tested here.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
-GENERATING = [mode for mode in MODES if not mode.startswith("static")]
+GENERATING = [mode for mode in MODES if mode not in STATIC]
 FAMILIES = {
     *("decoder", "moe", "window", "hybrid", "mamba", "mla", "indexed", "compressed", "shared"),
     *("encoder-decoder", "speech", "multimodal"),

@@ -149,7 +149,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     # Half-precision products of heads that are not neighbours leave torch's fast kernel on a CPU:
     # one product per head is several times as fast.
     heads = [torch.mm(a, b) for a, b in zip(left.flatten(0, 1), right.flatten(0, 1), strict=True)]
-    return torch.stack(heads).unflatten(0, left.shape[:2])
+    return torch.stack(heads).reshape(*left.shape[:3], right.shape[-1])
 
 
 def _explicit_rows(

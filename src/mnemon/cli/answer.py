@@ -14,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from mnemon.cli.trial import GREEDY, pad_option
+from mnemon.hf.generate import stream as argument_names
 
 if TYPE_CHECKING:
     import torch
@@ -219,9 +220,10 @@ def answer(
     if sampling.num_beams == 1:
         options["streamer"] = stream
         options["stopping_criteria"] = StoppingCriteriaList([_Stop(stream, sign)])
+    name = argument_names(model).cache  # Mamba-type models have their own
     start = time.perf_counter()
     out = model.generate(  # type: ignore[operator,unused-ignore]
-        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **options
+        prompt, attention_mask=torch.ones_like(prompt), **{name: cache}, **options
     )
     total_s = time.perf_counter() - start
     # An encoder-decoder answers from its own start token; a decoder goes on after the prompt.

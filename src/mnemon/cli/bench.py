@@ -78,7 +78,7 @@ def command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Write bench.json, bench.html and charts to this folder."),
+        typer.Option("--out", "-o", help="Write bench.html, .md, .json and charts to this folder."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

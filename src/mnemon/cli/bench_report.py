@@ -143,7 +143,7 @@ def _by_context(found: dict[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """Write bench.json, bench.html and the charts.
+    """Write bench.json, bench.md, bench.html and the charts.
 
     Raises:
         OSError: the folder cannot be written.
@@ -153,6 +153,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     matplotlib.use("svg")  # no display is needed
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "bench.md").write_text(_markdown(found), encoding="utf-8")
     drawings = []
     for file, key, title, unit in _CHARTS:
         figure = _chart(found, key, title, unit)
@@ -162,6 +163,23 @@ def write(found: dict[str, Any], folder: Path) -> None:
         figure.savefig(folder / f"{file}.svg")
         drawings.append((title, _svg(folder / f"{file}.svg")))
     (folder / "bench.html").write_text(_page(found, drawings), encoding="utf-8")
+
+
+def _markdown(found: dict[str, Any]) -> str:
+    """The table and where it was measured, for a repository."""
+    columns = ["tokens", "cache", *_columns(found)]
+    lines = [
+        f"# {_title(found)}",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'---:|' * len(columns)}",
+    ]
+    for row in found["results"]:
+        cells = [row["error"]] if row["error"] else _cells(found, row)
+        words = [output.format_context(row["context"]), row["cache"], *cells]
+        lines.append(f"| {' | '.join(words)} |")
+    facts = [f"{name}: {value}" for name, value in found["environment"].items() if value]
+    return "\n".join([*lines, "", _note(found), "", "; ".join(facts) + ".", ""])
 
 
 def _chart(found: dict[str, Any], key: str, title: str, unit: str) -> Figure | None:
@@ -192,11 +210,11 @@ def _chart(found: dict[str, Any], key: str, title: str, unit: str) -> Figure | N
     axes.set_xticks(contexts)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: output.format_context(round(v))))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.6g}"))
     if key == "append_us":
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.6g}"))
     axes.set_xlabel("tokens held")
     axes.set_ylabel(unit)
     axes.set_title(title, loc="left", fontweight="bold")

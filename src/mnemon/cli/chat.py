@@ -30,7 +30,10 @@ Ctrl-C stops an answer; at the prompt it leaves."""
 
 def command(
     model: Annotated[
-        str | None, typer.Argument(help="Hub name or folder; nothing for the bundled model.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="Hub name or folder; nothing for the bundled model."
+        ),
     ] = None,
     cache: Annotated[
         str | None, typer.Option("--cache", help="Recipe, e.g. 'static(4096)'; default dense.")
@@ -56,8 +59,9 @@ def command(
 ) -> None:
     """Talk to a model; its cache is kept between the turns, so only what is new is computed.
 
-    Questions are lines of standard input, also from a pipe. Exit codes: 0 done; 1 an error, with
-    a message; 2 wrong usage.
+    Questions are lines of standard input, also from a pipe; /help lists commands.
+
+    Exit codes: 0 done; 1 an error, with a message; 2 wrong usage.
     """
     from mnemon import recipe
 
@@ -71,7 +75,14 @@ def command(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     with mnemon.attach(loaded.model) as attachment:
-        chat = Chat(loaded, attachment, sampling, recipe=cache, session=session, as_json=as_json)
+        chat = Chat(
+            loaded,
+            attachment,
+            sampling,
+            recipe=cache,
+            session=session and session.expanduser(),
+            as_json=as_json,
+        )
         chat.open(system)
         if seed is not None:
             import torch

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["Contender", "contenders", "held_bytes", "stored_bytes"]
+__all__ = ["Contender", "contenders", "held_bytes", "held_tokens", "stored_bytes"]
 
 REFERENCE = "DynamicCache"  # the cache that everything else is compared with
 
@@ -118,6 +118,18 @@ def stored_bytes(cache: Any) -> int:
             unused = num_slots - min(int(layer.get_seq_length()), num_slots)
             held -= unused * (layer.keys.nbytes + layer.values.nbytes) // num_slots
     return held
+
+
+def held_tokens(cache: Any) -> int | None:
+    """Tokens that a cache of either library has seen; None where it keeps no count (states)."""
+    import mnemon
+
+    if isinstance(cache, mnemon.Cache):
+        return int(cache.num_tokens)
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return None
 
 
 def held_bytes(cache: Any) -> int:

@@ -24,7 +24,10 @@ MAX_NEW_TOKENS = 1024
 
 def command(
     model: Annotated[
-        str | None, typer.Argument(help="Hub name or folder; nothing for the bundled model.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="Hub name or folder; nothing for the bundled model."
+        ),
     ] = None,
     file: Annotated[
         str | None, typer.Option("--file", help="Text to read; this project's own when left out.")
@@ -44,9 +47,11 @@ def command(
 ) -> None:
     """Run one model on one text with every cache, and set the results side by side.
 
-    Caches: transformers' dynamic, static and (where the backend is installed) quantized ones, and
-    every mnemon recipe, with and without attach. Prints a table and writes report.html, which
-    needs no network. Exit codes: 0 done; 1 an error, with a message; 2 wrong usage.
+    Caches: transformers' dynamic, static and (where the backend is there)
+    quantized ones, and every mnemon recipe, with and without attach.
+    Prints a table and writes report.html, which needs no network.
+
+    Exit codes: 0 done; 1 an error, with a message; 2 wrong usage.
     """
     try:
         num_context = output.parse_count(context)
@@ -209,7 +214,8 @@ def _findings(result: DemoResult) -> Iterator[str]:
         if case.error:
             verdict = f"[red]{escape(case.error)}[/]"
         else:
-            verdict = f"{case.num_same} of {case.num_prompts} answers right, "
-            verdict += f"{case.num_held} tokens held where {case.num_right} are right"
+            verdict = f"{case.num_same} of {case.num_prompts} answers right"
+            if case.num_held is not None:
+                verdict += f", {case.num_held} tokens held where {case.num_right} are right"
             verdict = f"[{'green' if case.is_right else 'red'}]{verdict}[/]"
         yield f"A cached prompt of {case.num_prompt} tokens given again, {case.name}: {verdict}"

@@ -96,7 +96,7 @@ class FedTwice:
         num_prompt: tokens of each prompt.
         num_prompts: prompts tried.
         num_same: prompts that went on as from an empty cache.
-        num_held: tokens in the cache after the new ones.
+        num_held: tokens in the cache after the new ones; None where it keeps no count.
         num_right: tokens that it should hold.
         text: how the first wrong answer went on; the first of all where none is wrong.
         right_text: how that one goes on from an empty cache.
@@ -107,7 +107,7 @@ class FedTwice:
     num_prompt: int
     num_prompts: int
     num_same: int
-    num_held: int
+    num_held: int | None
     num_right: int
     text: str
     right_text: str
@@ -116,7 +116,7 @@ class FedTwice:
     @property
     def is_right(self) -> bool:
         """Whether every answer was right and the cache holds what it should."""
-        return self.num_same == self.num_prompts and self.num_held == self.num_right
+        return self.num_same == self.num_prompts and self.num_held in (None, self.num_right)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mnemon.cli import trial
-from mnemon.cli.contenders import REFERENCE, Contender, contenders, held_bytes, stored_bytes
+from mnemon.cli.contenders import (
+    REFERENCE,
+    Contender,
+    contenders,
+    held_bytes,
+    held_tokens,
+    stored_bytes,
+)
 from mnemon.cli.demo_result import DemoResult, FedTwice, Reuse, Row, SpeedPoint
 from mnemon.cli.environment import environment
 from mnemon.cli.models import BUNDLED_NAME, LoadedModel
@@ -321,14 +328,15 @@ class Demo:
         results = []
         for each in (reference, ours):
             advance(f"prompts that are already cached: {each.name}")
-            error, answers, num_held = "", list[list[int]](), 0
+            error, answers = "", list[list[int]]()
+            num_held: int | None = None
             try:
                 with each.session(self.model):
                     for ids in prompts:
                         cache = each.make(room)
                         trial.generate(self.model, ids, cache, 1)  # now it holds the prompt
                         answers.append(trial.generate(self.model, ids, cache, TWICE_NEW).tokens)
-                        num_held = int(cache.get_seq_length())
+                        num_held = held_tokens(cache)
             except Exception as raised:  # whatever happens is the result
                 error = f"{type(raised).__name__}: {raised}"
             same = [answer == wanted for answer, wanted in zip(answers, right, strict=False)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from mnemon.cli import output
+from mnemon.errors import FileError
 
 if TYPE_CHECKING:
     from mnemon.cli.answer import Answer
@@ -19,7 +20,10 @@ Text = str | None
 
 def command(
     model: Annotated[
-        Text, typer.Argument(help="Hub name or folder; nothing for the bundled model.")
+        Text,
+        typer.Argument(
+            metavar="[MODEL]", help="Hub name or folder; nothing for the bundled model."
+        ),
     ] = None,
     prompt: Annotated[Text, typer.Option("--prompt", "-p", help="The prompt.")] = None,
     prompt_file: Annotated[
@@ -61,8 +65,9 @@ def command(
 ) -> None:
     """Continue a prompt (an option, a file, or standard input) and say what it took.
 
-    The text goes to standard output, the summary to standard error. Exit codes: 0 done; 1 an
-    error, with a message; 2 wrong usage; 130 interrupted.
+    The text goes to standard output, the summary to standard error.
+
+    Exit codes: 0 done; 1 an error, with a message; 2 wrong usage; 130 interrupted.
     """
     if cache is not None and load_cache is not None:
         raise typer.BadParameter(
@@ -74,6 +79,11 @@ def command(
             param_hint="--save-cache",
         )
     text = _prompt_text(prompt, prompt_file, wanted=load_cache is None)
+    save_cache = save_cache and save_cache.expanduser()
+    if save_cache is not None and not save_cache.absolute().parent.is_dir():
+        raise FileError(
+            f"cannot write {save_cache}: its folder is not there; make it, or name another file."
+        )
 
     from mnemon import recipe
 
@@ -92,12 +102,13 @@ def command(
     loaded = load_model(model, dtype=dtype, device=device)
     show = stream and num_beams == 1 and not as_json
     done = _run(loaded, text, sampling, cache, load_cache, exact=exact, stream=show)
+    if not as_json:  # before saving: a full disk must not cost the text
+        print("" if show else done.answer.text, flush=True)
     if save_cache is not None:
         done.cache.save(save_cache, model=loaded.model)
     if as_json:
         output.print_json(done.to_dict(loaded.name, save_cache))
         return
-    print("" if show else done.answer.text)
     for line in done.lines(save_cache):
         print(output.paint(line, "dim", sys.stderr), file=sys.stderr)
 

@@ -118,7 +118,7 @@ def make_plan(
     weights = planner.weight_bytes(config, facts, folder, dtype=used, as_saved=used == saved)
 
     rows = []
-    for is_static in (False, True):
+    for is_static in (False,) if facts.model_type in planner.NO_STATIC else (False, True):
         slots = num_tokens if is_static else None
         plan = planner.plan_cache(
             facts, num_tokens, batch, dtype=used, static=slots, source=source_tokens

@@ -302,8 +302,8 @@ def _fed_twice(case: FedTwice, rows: list[Row]) -> dict[str, Any]:
     answers = f"{case.num_same} of {case.num_prompts} answers right"
     if case.num_same < case.num_prompts:
         answers += ", without an error"
-    held = f"{case.num_held} tokens held"
-    if case.num_held != case.num_right:
+    held = "no count kept" if case.num_held is None else f"{case.num_held} tokens held"
+    if case.num_held is not None and case.num_held != case.num_right:
         held += f" where {case.num_right} are right"
     return {
         "case": case,

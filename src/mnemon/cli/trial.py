@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.generation.streamers import BaseStreamer
 
+from mnemon.hf.generate import stream, supports_logits_to_keep
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -86,10 +88,10 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, cache: Any, num_new: int
     out = model.generate(  # type: ignore[operator,unused-ignore]
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
         max_new_tokens=num_new,
         min_new_tokens=num_new,
         streamer=clock,
+        **{stream(model).cache: cache},  # Mamba-type models have their own name for it
         **GREEDY,
         **pad_option(model),
     )
@@ -138,16 +140,15 @@ def score(model: PreTrainedModel, ids: torch.Tensor, cache: Any, num_prompt: int
     while ends[-1] < ids.shape[1]:
         ends.append(min(ends[-1] + SCORE_CHUNK, ids.shape[1]))
     pieces, start = [], 0
+    name, can_cut = stream(model).cache, supports_logits_to_keep(model)
     with torch.no_grad():
         for end in ends:
-            keep = 1 if start == 0 else 0  # of the prompt only the last prediction counts
-            out = model(
-                input_ids=ids[:, start:end],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
-            pieces.append(out.logits[0].float().cpu())
+            options: dict[str, Any] = {name: cache, "use_cache": True}
+            if start == 0 and can_cut:
+                options["logits_to_keep"] = 1
+            logits = model(input_ids=ids[:, start:end], **options).logits[0]
+            # of the prompt only the last prediction counts
+            pieces.append((logits[-1:] if start == 0 else logits).float().cpu())
             start = end
     logits = torch.cat(pieces)[:-1]  # the last one predicts what follows the text
     target = ids[0, num_prompt:].cpu()

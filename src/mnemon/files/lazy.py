@@ -51,5 +51,5 @@ def _deferred(kind: type[CacheLayer]) -> type[CacheLayer]:
         _finish(self)
         setattr(self, name, value)
 
-    body = {"__getattribute__": get, "__setattr__": put}
+    body = {"__getattribute__": get, "__setattr__": put, "__module__": __name__}
     return type(f"Deferred{kind.__name__}", (kind,), body)

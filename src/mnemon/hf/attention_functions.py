@@ -70,7 +70,7 @@ def attention_forward(
         ModelError: soft-capping or sinks together with dropout or attention weights, in a model
             whose own function cannot be found.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if _traced():
         common = False
     else:
         common = (
@@ -135,8 +135,7 @@ def eager_attention_forward(
         ModelError: the model's own function is needed and cannot be found.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        _traced()
         or dropout
         or scaling is None
         or _weights_wanted(kwargs)
@@ -216,6 +215,13 @@ def _uncommon(
         module, query, key, value, added, scaling=scaling, dropout=dropout, **kwargs
     )
     return weighed
+
+
+def _traced() -> bool:
+    """Whether this call is being recorded (compile, export, jit), not just carried out."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _plain(kwargs: dict[str, Any]) -> bool:

@@ -5,9 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    get_layer_types_and_kwargs,
+)
 
 from mnemon.errors import ModelError
+
+# Their attention takes the number of keys it is handed for the position of the query: a
+# preallocated layer, whose tail is empty, gives other tokens (in transformers too).
+_COUNT_KEYS = frozenset({"bloom", "gpt_neo"})
 
 __all__ = ["LayerSpec", "decoder_config", "is_encoder_decoder", "layer_specs"]
 
@@ -23,6 +31,8 @@ class LayerSpec:
         indexed: keeps indexer keys (dynamic sparse attention).
         foreign: makes a layer of a class that lives in a modeling file of transformers, for layer
             types that only that model knows.
+        foreign_static: the same with room for so many tokens; None where that model has none.
+        counts_keys: the model's attention counts the keys it is handed, so none may be empty.
     """
 
     attends: bool = True
@@ -30,6 +40,8 @@ class LayerSpec:
     num_states: int = 0
     indexed: bool = False
     foreign: Callable[[], Any] | None = None
+    foreign_static: Callable[[int], Any] | None = None
+    counts_keys: bool = False
 
     @property
     def keeps_nothing(self) -> bool:
@@ -76,7 +88,7 @@ def _spec(name: str, options: dict[str, Any], decoder: PreTrainedConfig) -> Laye
     num_states = options.get("number_of_states", 1)
     match name:
         case "full_attention":
-            return LayerSpec()
+            return LayerSpec(counts_keys=decoder.model_type in _COUNT_KEYS)
         case "sliding_attention" | "chunked_attention":
             return LayerSpec(window=window)
         case "indexed_attention":
@@ -96,4 +108,9 @@ def _spec(name: str, options: dict[str, Any], decoder: PreTrainedConfig) -> Laye
             f"Layer type {name!r} of a {decoder.model_type!r} model is unknown to this version of "
             f"transformers and to mnemon; load the model first if it registers its own layers."
         )
-    return LayerSpec(window=window, foreign=lambda: known(**options))
+    static = STATIC_LAYER_TYPE_MAPPING.get(name)
+    return LayerSpec(
+        window=window,
+        foreign=lambda: known(**options),
+        foreign_static=None if static is None else lambda size: static(size, **options),
+    )

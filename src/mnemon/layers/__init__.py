@@ -1,5 +1,10 @@
 """What one model layer keeps: one file per kind, and the table that picks the kind."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from mnemon.errors import RecipeError
 from mnemon.hf.kinds import LayerSpec
 from mnemon.layers.base import CacheLayer, LayerState
 from mnemon.layers.cross import CrossLayer
@@ -32,9 +37,13 @@ __all__ = [
 
 
 def build(spec: LayerSpec, recipe: Recipe) -> CacheLayer:
-    """An empty layer that keeps what `spec` asks for, stored as `recipe` says."""
+    """An empty layer that keeps what `spec` asks for, stored as `recipe` says.
+
+    Raises:
+        RecipeError: a recipe under which the model would compute something else.
+    """
     if spec.foreign is not None:
-        return ForeignLayer(spec.foreign)
+        return _foreign(spec.foreign, spec.foreign_static, recipe)
     if spec.keeps_nothing:
         return SharedLayer()
     recurrent = RecurrentLayer(spec.num_states) if spec.num_states else None
@@ -48,8 +57,27 @@ def build(spec: LayerSpec, recipe: Recipe) -> CacheLayer:
     return HybridLayer(attention, recurrent=recurrent, indexer=indexer)
 
 
+def _foreign(
+    make: Callable[[], Any], make_static: Callable[[int], Any] | None, recipe: Recipe
+) -> CacheLayer:
+    max_tokens = recipe.static_tokens
+    if max_tokens is None:
+        return ForeignLayer(make)
+    if make_static is None:
+        raise RecipeError(
+            f"{recipe} does not fit this model: it has layers of a kind of its own that only "
+            f"grow. Use the default recipe."
+        )
+    return ForeignLayer(partial(make_static, max_tokens), max_tokens)
+
+
 def _attention(spec: LayerSpec, recipe: Recipe) -> CacheLayer:
     max_tokens = recipe.static_tokens
+    if max_tokens is not None and spec.counts_keys:
+        raise RecipeError(
+            f"{recipe} does not fit this model: its attention counts the keys it is handed, and a "
+            f"preallocated layer has empty ones. Use the default recipe."
+        )
     if max_tokens is None:
         return DenseLayer() if spec.window is None else WindowLayer(spec.window)
     if spec.window is None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from mnemon.errors import CacheError, UnsupportedVerb
+from mnemon.types import Keys, NewKeys, NewValues, Values
 
 __all__ = ["CacheLayer", "LayerState", "MaskSizes"]
 
@@ -54,7 +55,7 @@ class CacheLayer(ABC):
     # -- keys and values -----------------------------------------------------------------------
 
     @abstractmethod
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: NewKeys, values: NewValues) -> tuple[Keys, Values]:
         """Store ``[batch, kv_heads, new, head_dim]`` and return what attention reads.
 
         A batch of n rows that meets one stored row repeats the stored row.
@@ -66,7 +67,7 @@ class CacheLayer(ABC):
         """
 
     @abstractmethod
-    def view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def view(self) -> tuple[Keys, Values] | None:
         """Stored keys and values as attention would read them; None while empty."""
 
     @property

@@ -6,7 +6,7 @@ from typing import Any, final
 
 import torch
 
-from mnemon.errors import CacheError, UnsupportedVerb
+from mnemon.errors import CacheError, CapacityError, UnsupportedVerb
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
 
 __all__ = ["ForeignLayer"]
@@ -22,12 +22,14 @@ class ForeignLayer(CacheLayer):
 
     Args:
         make: makes an empty wrapped layer.
+        max_tokens: its room, if it is preallocated and written in place.
     """
 
     kind = "foreign"
 
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, make: Callable[[], Any], max_tokens: int | None = None) -> None:
         self._make = make
+        self._max_tokens = max_tokens
         self._inner = make()
         self.is_sliding = bool(getattr(self._inner, "is_sliding", False))
 
@@ -54,6 +56,12 @@ class ForeignLayer(CacheLayer):
                 f"A {type(self._inner).__name__} holds {shapes} and keys {list(keys.shape)}, "
                 f"values {list(values.shape)} came: another batch, or another model's layer."
             )
+        if self._max_tokens is not None and self.num_tokens + keys.shape[2] > self._max_tokens:
+            raise CapacityError(
+                f"A static cache of {self._max_tokens} tokens holds {self.num_tokens} and "
+                f"{keys.shape[2]} more came. Use a larger static(n), or the default recipe, which "
+                f"grows."
+            )
         if rows == 1 and keys.shape[0] != 1:
             self.repeat(keys.shape[0])
 
@@ -75,7 +83,8 @@ class ForeignLayer(CacheLayer):
     @property
     def num_stored(self) -> int:
         keys = self._inner.keys
-        return 0 if keys is None or keys.ndim < 4 else int(keys.shape[-2])
+        held = 0 if keys is None or keys.ndim < 4 else int(keys.shape[-2])
+        return held if self._max_tokens is None else min(held, self.num_tokens)
 
     @property
     def max_length(self) -> int:
@@ -156,9 +165,11 @@ class ForeignLayer(CacheLayer):
         return other
 
     def fork(self) -> "ForeignLayer":
-        # These classes concatenate and never write in place, so sharing tensors is safe.
-        other = ForeignLayer(self._make)
-        memo = {id(tensor): tensor for _, _, tensor in _tensors(self._inner.__dict__)}
+        other = ForeignLayer(self._make, self._max_tokens)
+        memo: dict[int, Any] = {}
+        if self._max_tokens is None:
+            # Classes that grow concatenate and never write in place: sharing tensors is safe.
+            memo = {id(tensor): tensor for _, _, tensor in _tensors(self._inner.__dict__)}
         other._inner = copy.deepcopy(self._inner, memo)
         return other
 
@@ -194,6 +205,8 @@ class ForeignLayer(CacheLayer):
                 continue
             if name not in fields or (key and not isinstance(fields[name], dict)):
                 raise CacheError(f"A saved {state.meta['class']} has an unknown field {path!r}.")
+            if self._max_tokens is not None and isinstance(value, torch.Tensor):
+                value = value.clone()  # written in place: never into a file's mapping
             if key:
                 fields[name][key] = value
             else:

@@ -9,6 +9,7 @@ from mnemon.errors import CacheError, UnsupportedVerb
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
 from mnemon.layers.static_storage import StaticBuffer
 from mnemon.layers.tokens import check_mergeable, check_windows, gather_state, make_fit, stack_right
+from mnemon.types import Keys, NewKeys, NewValues, Values
 
 __all__ = ["StaticWindowLayer"]
 
@@ -37,7 +38,7 @@ class StaticWindowLayer(CacheLayer):
         self._seen: int | None = 0
         self._seen_counter: torch.Tensor | None = None
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: NewKeys, values: NewValues) -> tuple[Keys, Values]:
         num_new = keys.shape[-2]
         if (
             not self._keys.fits(keys)
@@ -122,7 +123,7 @@ class StaticWindowLayer(CacheLayer):
         if self._seen_counter is not None:
             self._seen_counter.fill_(seen)
 
-    def view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def view(self) -> tuple[Keys, Values] | None:
         keys, values = self._keys.view(), self._values.view()
         return None if keys is None or values is None else (keys, values)
 

@@ -10,6 +10,7 @@ from mnemon.errors import CacheError, CapacityError
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
 from mnemon.layers.static_storage import StaticBuffer
 from mnemon.layers.storage import TokenBuffer
+from mnemon.types import Keys, NewKeys, NewValues, Values
 
 __all__ = [
     "Buffer",
@@ -40,7 +41,7 @@ class TokenLayer(CacheLayer):
     def _empty(self) -> Self:
         """A new layer like this one, holding nothing."""
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: NewKeys, values: NewValues) -> tuple[Keys, Values]:
         held_keys, held_values, num_new = self._keys, self._values, keys.shape[-2]
         if not held_keys.fits(keys) or not held_values.fits(values) or values.shape[-2] != num_new:
             make_fit(self, (held_keys, keys), (held_values, values))
@@ -49,7 +50,7 @@ class TokenLayer(CacheLayer):
             self._tail += num_new
         return pair
 
-    def view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def view(self) -> tuple[Keys, Values] | None:
         keys, values = self._keys.view(), self._values.view()
         return None if keys is None or values is None else (keys, values)
 

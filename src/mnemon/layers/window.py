@@ -9,6 +9,7 @@ from mnemon.errors import CacheError, UnsupportedVerb
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
 from mnemon.layers.storage import TokenBuffer
 from mnemon.layers.tokens import check_mergeable, check_windows, gather_state, make_fit, stack_right
+from mnemon.types import Keys, NewKeys, NewValues, Values
 
 __all__ = ["WindowLayer"]
 
@@ -49,7 +50,7 @@ class WindowLayer(CacheLayer):
         self._recording = False
         self._uncommitted = 0  # tokens since recording began or crop was called
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: NewKeys, values: NewValues) -> tuple[Keys, Values]:
         num_new, stored = keys.shape[-2], len(self._keys)
         if (
             not self._keys.fits(keys)
@@ -96,7 +97,7 @@ class WindowLayer(CacheLayer):
         buffer.replace(torch.cat([buffer.tail(old), ending], dim=-2) if old else ending)
         return visible
 
-    def view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def view(self) -> tuple[Keys, Values] | None:
         if self._keys.is_empty:
             return None
         past = min(len(self._keys), self.window - 1)

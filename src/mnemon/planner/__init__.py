@@ -4,7 +4,7 @@ Exact to the byte against `mnemon.Cache.nbytes` (and `nbytes_reserved` for `stat
 real forward pass. What it does not know is a `PlanError`, never a guess.
 """
 
-from mnemon.planner.families import MODEL_TYPES
+from mnemon.planner.families import MODEL_TYPES, NO_STATIC
 from mnemon.planner.layers import LayerPlan, ModelPlan, plan_model
 from mnemon.planner.recipes import DTYPES, CachePlan, max_batch, max_context, plan_cache
 from mnemon.planner.weights import model_dtype, weight_bytes
@@ -12,6 +12,7 @@ from mnemon.planner.weights import model_dtype, weight_bytes
 __all__ = [
     "DTYPES",
     "MODEL_TYPES",
+    "NO_STATIC",
     "CachePlan",
     "LayerPlan",
     "ModelPlan",

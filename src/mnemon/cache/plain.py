@@ -3,7 +3,7 @@
 import os
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any, NoReturn, Self, cast
 
 import torch
@@ -11,49 +11,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mnemon import layers as kinds
 from mnemon import recipe as recipes
+from mnemon.cache.state import CacheState, Prefilled
 from mnemon.errors import CacheError
-from mnemon.hf.base import CacheFacade, PairFacade
-from mnemon.hf.kinds import decoder_config, is_encoder_decoder, layer_specs
-from mnemon.layers.base import CacheLayer, LayerState, row_index
+from mnemon.hf.base import CacheFacade
+from mnemon.hf.kinds import is_encoder_decoder, layer_specs
+from mnemon.layers.base import CacheLayer, row_index
 from mnemon.recipe import Recipe
 from mnemon.report import Report, report
 from mnemon.token_log import PADDING, UNKNOWN, TokenLog
 
-__all__ = ["Cache", "CacheState", "EncoderDecoderCache", "Prefilled"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheState:
-    """Everything a cache holds.
-
-    Args:
-        layers: states of the decoder's layers, in order.
-        cross: states of the cross-attention layers; empty without an encoder.
-        tokens: int64 ``[batch, num_tokens]``; -1 unknown, -2 padding.
-        meta: JSON-able facts.
-    """
-
-    layers: tuple[LayerState, ...]
-    cross: tuple[LayerState, ...] = ()
-    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(1, 0, dtype=torch.int64))
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefilled:
-    """How the leading tokens were computed: what reuse without a changed bit depends on.
-
-    Args:
-        chunk: tokens per chunk, aligned to absolute positions.
-        num_tokens: leading tokens computed so, whole chunks.
-        batch_size: rows they were computed with.
-        arithmetic: what computed them (attention, device, threads, torch): other bits otherwise.
-    """
-
-    chunk: int
-    num_tokens: int
-    batch_size: int
-    arithmetic: str
+__all__ = ["Cache"]
 
 
 class Cache(CacheFacade):
@@ -78,6 +45,8 @@ class Cache(CacheFacade):
 
     def __new__(cls, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any) -> Self:
         if cls is Cache and config is not None and is_encoder_decoder(config):
+            from mnemon.cache.pair import EncoderDecoderCache  # it derives from this class
+
             return cast(Self, object.__new__(EncoderDecoderCache))
         return object.__new__(cls)
 
@@ -157,7 +126,13 @@ class Cache(CacheFacade):
     @property
     def tokens(self) -> torch.Tensor:
         """int64 ``[batch, num_tokens]`` on the CPU; -1 was filled by hand, -2 is padding."""
+        self._match_log_rows()
         return self._log.tensor(self.num_tokens, self.batch_size)
+
+    def _match_log_rows(self) -> None:
+        """A log of one row serves all rows, as the layers' one row did."""
+        if self._log.batch_size == 1 and self.batch_size > 1:
+            self._log.gather(torch.zeros(self.batch_size, dtype=torch.int64))
 
     @property
     def num_known_tokens(self) -> int:
@@ -225,7 +200,7 @@ class Cache(CacheFacade):
                 f"{tokens_to_remove}. For a final size of n: crop(n - cache.num_tokens)."
             )
         count = -tokens_to_remove
-        if count > max(self.num_tokens, 0) and self.batch_size > 0:
+        if count > self.num_tokens:
             raise CacheError(f"Cannot remove {count} tokens: the cache holds {self.num_tokens}.")
         left = self.num_tokens - count
         for layer in self.layers:
@@ -269,6 +244,8 @@ class Cache(CacheFacade):
 
     def reorder(self, index: torch.Tensor) -> None:
         """Row i becomes what row ``index[i]`` was; int64 ``[batch]`` (beam search)."""
+        self._match_log_rows()
+        index = row_index(index, max(self.batch_size, 0))
         for layer in self._all_layers:
             layer.reorder(index)
         self._log.gather(index)
@@ -278,6 +255,7 @@ class Cache(CacheFacade):
         """Each row `repeats` times, neighbours together: a prefix computed once serves beams."""
         if repeats < 1:
             raise CacheError(f"repeat takes a number of copies >= 1; got {repeats}.")
+        self._match_log_rows()
         for layer in self._all_layers:
             layer.repeat(repeats)
         if repeats > 1:
@@ -287,12 +265,12 @@ class Cache(CacheFacade):
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the rows at `index` (int64 or bool ``[rows]``), in that order."""
-        index = row_index(index, max(self.batch_size, 0))
+        self._match_log_rows()
+        index = row_index(index, max(self.batch_size, self._log.batch_size, 0))
         for layer in self._all_layers:
             layer.select(index)
         self.prefilled = None
-        if self._log.batch_size > 0:
-            self._log.gather(index % self._log.batch_size)
+        self._log.gather(index)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.reorder(beam_idx)
@@ -410,6 +388,8 @@ class Cache(CacheFacade):
 
     def _load_state(self, state: CacheState) -> None:
         groups, saved = self._groups(), [state.layers, state.cross]
+        if state.cross and len(groups) == 1:
+            raise CacheError("The state has an encoder's keys and the model has no encoder.")
         for group, states in zip(groups, saved, strict=False):
             if len(group) != len(states):
                 raise CacheError(
@@ -441,65 +421,4 @@ class Cache(CacheFacade):
         return (
             f"{type(self).__name__}({self.config.model_type!r}, {str(self.recipe)!r}, "
             f"num_tokens={self.num_tokens}, batch_size={self.batch_size}, nbytes={self.nbytes})"
-        )
-
-
-class EncoderDecoderCache(Cache, PairFacade):
-    """The cache of an encoder-decoder model: what the decoder saw, and the encoder's keys.
-
-    Made by ``Cache(config)``. Token verbs act on the decoder's part, row verbs on both.
-    """
-
-    def __init__(self, config: PreTrainedConfig, recipe: str | Recipe = "") -> None:
-        parsed = recipes.parse(recipe)
-        specs = layer_specs(config)
-        self._init_groups(
-            config,
-            parsed,
-            [kinds.build(spec, parsed) for spec in specs],
-            [kinds.CrossLayer() for _ in specs],
-        )
-
-    def _init_groups(
-        self,
-        config: PreTrainedConfig,
-        recipe: Recipe,
-        own: list[CacheLayer],
-        cross: list[CacheLayer],
-    ) -> None:
-        self._init_state(config, recipe, own)
-        self._init_pair(Cache._of(config, recipe, own), Cache._of(config, recipe, cross))
-        self._note_encoded()
-
-    def _note_encoded(self) -> None:
-        """Tell the models' code which cross layers are filled."""
-        cross = self.cross_attention_cache.layers
-        self.is_updated = {index: layer.batch_size > 0 for index, layer in enumerate(cross)}
-
-    @property
-    def _all_layers(self) -> Iterable[CacheLayer]:
-        return [*self.layers, *self.cross_attention_cache.layers]
-
-    def _groups(self) -> list[list[CacheLayer]]:
-        return [self.layers, self.cross_attention_cache.layers]
-
-    def _like(self, groups: list[list[CacheLayer]]) -> "Cache":
-        other = object.__new__(EncoderDecoderCache)
-        other._init_groups(self.config, self.recipe, groups[0], groups[1])
-        return other
-
-    def reset(self) -> None:
-        super().reset()
-        self._note_encoded()
-
-    def _load_state(self, state: CacheState) -> None:
-        super()._load_state(state)
-        self._note_encoded()
-
-    def report(self) -> Report:
-        return report(
-            groups={"decoder": self.layers, "encoder": self.cross_attention_cache.layers},
-            title=f"{decoder_config(self.config).model_type} · {self.recipe}",
-            num_tokens=self.num_tokens,
-            num_known_tokens=self.num_known_tokens,
         )

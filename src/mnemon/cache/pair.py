@@ -1,0 +1,78 @@
+"""The cache of an encoder-decoder model."""
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedConfig
+
+from mnemon import layers as kinds
+from mnemon import recipe as recipes
+from mnemon.cache.plain import Cache
+from mnemon.cache.state import CacheState
+from mnemon.hf.base import PairFacade
+from mnemon.hf.kinds import decoder_config, layer_specs
+from mnemon.layers.base import CacheLayer
+from mnemon.recipe import Recipe
+from mnemon.report import Report, report
+
+__all__ = ["EncoderDecoderCache"]
+
+
+class EncoderDecoderCache(Cache, PairFacade):
+    """The cache of an encoder-decoder model: what the decoder saw, and the encoder's keys.
+
+    Made by ``Cache(config)``. Token verbs act on the decoder's part, row verbs on both.
+    """
+
+    def __init__(self, config: PreTrainedConfig, recipe: str | Recipe = "") -> None:
+        parsed = recipes.parse(recipe)
+        specs = layer_specs(config)
+        self._init_groups(
+            config,
+            parsed,
+            [kinds.build(spec, parsed) for spec in specs],
+            [kinds.CrossLayer() for _ in specs],
+        )
+
+    def _init_groups(
+        self,
+        config: PreTrainedConfig,
+        recipe: Recipe,
+        own: list[CacheLayer],
+        cross: list[CacheLayer],
+    ) -> None:
+        self._init_state(config, recipe, own)
+        self._init_pair(Cache._of(config, recipe, own), Cache._of(config, recipe, cross))
+        self._note_encoded()
+
+    def _note_encoded(self) -> None:
+        """Tell the models' code which cross layers are filled."""
+        cross = self.cross_attention_cache.layers
+        self.is_updated = {index: layer.batch_size > 0 for index, layer in enumerate(cross)}
+
+    @property
+    def _all_layers(self) -> Iterable[CacheLayer]:
+        return [*self.layers, *self.cross_attention_cache.layers]
+
+    def _groups(self) -> list[list[CacheLayer]]:
+        return [self.layers, self.cross_attention_cache.layers]
+
+    def _like(self, groups: list[list[CacheLayer]]) -> "Cache":
+        other = object.__new__(EncoderDecoderCache)
+        other._init_groups(self.config, self.recipe, groups[0], groups[1])
+        return other
+
+    def reset(self) -> None:
+        super().reset()
+        self._note_encoded()
+
+    def _load_state(self, state: CacheState) -> None:
+        super()._load_state(state)
+        self._note_encoded()
+
+    def report(self) -> Report:
+        return report(
+            groups={"decoder": self.layers, "encoder": self.cross_attention_cache.layers},
+            title=f"{decoder_config(self.config).model_type} · {self.recipe}",
+            num_tokens=self.num_tokens,
+            num_known_tokens=self.num_known_tokens,
+        )

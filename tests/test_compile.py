@@ -1,0 +1,54 @@
+"""Caches under ``torch.compile``; the scenarios run in processes without shape checks."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_SCRIPT = Path(__file__).with_name("compiling.py")
+
+
+def scenario(name: str) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, str(_SCRIPT), name], capture_output=True, text=True, timeout=580
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mistral", "jamba", pytest.param("llama-inductor", marks=pytest.mark.slow)],
+)
+def test_static_caches_compile_into_one_graph(name: str) -> None:
+    """``fullgraph=True``, the tokens of eager mode, and nothing is compiled after warm-up.
+
+    A window that fills up is three states (filled by hand, filling, full), so three graphs.
+    """
+    result = scenario(name)
+    assert result["same"]
+    assert result["again"]  # after reset, with error_on_recompile
+    graphs = result["graphs"]
+    assert isinstance(graphs, list)
+    assert graphs[-1] <= (3 if name == "mistral" else 1)
+    steps = 12 if name == "llama-inductor" else 30
+    assert result["length"] == 10 + steps
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [pytest.param("growing", 600, marks=pytest.mark.slow), ("growing-window", 120)],
+)
+def test_growing_caches_recompile_at_most_log2_of_their_length_times(name: str, steps: int) -> None:
+    result = scenario(name)
+    assert result["same"]
+    assert result["length"] == 10 + steps
+    graphs, frames = result["graphs"], result["frames"]
+    assert isinstance(graphs, int)
+    assert isinstance(frames, int)
+    assert graphs <= 1 + math.log2(10 + steps)
+    assert frames <= 2 * (1 + math.log2(10 + steps))  # code around a growth counts too
