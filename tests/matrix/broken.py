@@ -11,7 +11,7 @@ from .modes import mnemon_cache
 
 #: The broken cache forgets the last token of every block of so many. (A decoder behind an encoder
 #: sees fewer tokens.)
-BLOCK, DECODER_BLOCK = 8, 4
+BLOCK, DECODER_BLOCK = 5, 3
 
 
 def forgetful_cache(model: Any, recipe: str) -> Any:

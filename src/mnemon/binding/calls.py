@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from mnemon.binding import chunks
 from mnemon.binding.reuse import OnMismatch, Reuse, Stats
-from mnemon.binding.states import continues_states
+from mnemon.binding.states import continues_states, keeps_states
 from mnemon.cache import Cache
 from mnemon.hf import generate as hf
 
@@ -74,6 +74,8 @@ class Call:
         has_beams = cache.num_tokens > 0 and cache.batch_size > prompt.batch_size
         if prompt.expand == 1 or has_beams or hf.wants_prompt_outputs(model, self.arguments):
             return 0
+        if cache.num_tokens == 0 and keeps_states(cache):
+            return 0  # a step rounds and clamps otherwise than the scan that transformers runs
         size = hf.setting(model, self.arguments, "prefill_chunk_size", None)
         return int(size) if size and continues_states(model, cache) else last
 

@@ -13,7 +13,7 @@ from mnemon.cache import Cache
 from mnemon.hf import generate as hf
 from mnemon.layers import HybridLayer, RecurrentLayer
 
-__all__ = ["continues_states"]
+__all__ = ["continues_states", "keeps_states"]
 
 _NUM_BEFORE = 5
 _NUM_AFTER = 3
@@ -41,6 +41,11 @@ def continues_states(model: PreTrainedModel, cache: Cache) -> bool:
                 layer.update_recurrent_state(torch.full_like(state, 2.0), index)
         logits = [_forward(model, ids[:, _NUM_BEFORE:], one) for one in (first, changed)]
         return not torch.equal(logits[0], logits[1])
+
+
+def keeps_states(cache: Cache) -> bool:
+    """Whether a layer of `cache` keeps a recurrent or convolution state."""
+    return any(True for _ in _recurrent(cache))
 
 
 def _forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:

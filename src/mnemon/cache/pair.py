@@ -8,13 +8,46 @@ from mnemon import layers as kinds
 from mnemon import recipe as recipes
 from mnemon.cache.plain import Cache
 from mnemon.cache.state import CacheState
+from mnemon.errors import RecipeError
 from mnemon.hf.base import PairFacade
 from mnemon.hf.kinds import decoder_config, layer_specs
 from mnemon.layers.base import CacheLayer
 from mnemon.recipe import Recipe
 from mnemon.report import Report, report
 
-__all__ = ["EncoderDecoderCache"]
+__all__ = ["CrossCache", "EncoderDecoderCache"]
+
+
+class CrossCache(Cache):
+    """The encoder's half of a pair: one `CrossLayer` per decoder layer.
+
+    Args:
+        config: the decoder's config.
+        recipe: the pair's recipe, for the record.
+        offloading: what models that rebuild their cross cache (T5Gemma) pass; must be False.
+
+    Raises:
+        RecipeError: offloading asked for.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, recipe: str | Recipe = "", *, offloading: bool = False
+    ) -> None:
+        if offloading:
+            raise RecipeError(
+                "Offloading is asked for by cache_implementation='offloaded'; with a mnemon cache "
+                "it will be a tier of the recipe and is not there yet. Leave it out."
+            )
+        layers: list[CacheLayer] = [kinds.CrossLayer() for _ in layer_specs(config)]
+        self._init_state(config, recipes.parse(recipe), layers)
+
+    @classmethod
+    def _around(
+        cls, config: PreTrainedConfig, recipe: Recipe, layers: list[CacheLayer]
+    ) -> "CrossCache":
+        cache = object.__new__(CrossCache)
+        cache._init_state(config, recipe, layers)
+        return cache
 
 
 class EncoderDecoderCache(Cache, PairFacade):
@@ -41,7 +74,7 @@ class EncoderDecoderCache(Cache, PairFacade):
         cross: list[CacheLayer],
     ) -> None:
         self._init_state(config, recipe, own)
-        self._init_pair(Cache._of(config, recipe, own), Cache._of(config, recipe, cross))
+        self._init_pair(Cache._of(config, recipe, own), CrossCache._around(config, recipe, cross))
         self._note_encoded()
 
     def _note_encoded(self) -> None:

@@ -215,7 +215,7 @@ def answer(
         torch.manual_seed(sampling.seed)
     prompt = torch.tensor([ids], device=model.device)
     stats = attachment.stats
-    before = stats.tokens_reused + stats.tokens_unverified
+    before = stats.tokens_reused
     options: dict[str, Any] = {**sampling.options(), **pad_option(model)}
     if sampling.num_beams == 1:
         options["streamer"] = stream
@@ -235,7 +235,7 @@ def answer(
         tokens=tokens,
         text=stream.text(),
         num_prompt=len(ids),
-        num_reused=stats.tokens_reused + stats.tokens_unverified - before,
+        num_reused=stats.tokens_reused - before,
         first_token_s=stream.times[0] - start if stream.times else None,
         tokens_per_s=_speed(stream.times, len(tokens), total_s),
         total_s=total_s,

@@ -15,7 +15,7 @@ from mnemon.errors import ModelError
 
 # Their attention takes the number of keys it is handed for the position of the query: a
 # preallocated layer, whose tail is empty, gives other tokens (in transformers too).
-_COUNT_KEYS = frozenset({"bloom", "gpt_neo"})
+_COUNT_KEYS = frozenset({"gpt_neo"})
 
 __all__ = ["LayerSpec", "decoder_config", "is_encoder_decoder", "layer_specs"]
 

@@ -111,6 +111,11 @@ class CacheLayer(ABC):
         """Keep what a later `crop` needs (assisted decoding), bounded; no-op for most layers."""
 
     @property
+    def is_initialized(self) -> bool:
+        """What transformers' models read to learn whether the layer was ever written (mllama)."""
+        return self.batch_size > 0
+
+    @property
     def record_past(self) -> bool:
         """What transformers reads, and sets to False when assisted decoding ends."""
         return self.is_recording
