@@ -21,9 +21,7 @@ def main() -> None:
         for start in ("def main(", "class Reader", "if __name__"):
             ids = tokenizer(tokenizer.decode(prompt[0]) + start, return_tensors="pt").input_ids
             branch = trunk.fork()  # copies memory only when it writes
-            output = model.generate(
-                ids, past_key_values=branch, max_new_tokens=12, do_sample=False
-            )
+            output = model.generate(ids, past_key_values=branch, max_new_tokens=12, do_sample=False)
             print(repr(tokenizer.decode(output[0, prompt.shape[1] :])))
         print(attached.report().splitlines()[-1])
         print(trunk.report())

@@ -1,22 +1,22 @@
 """One tree of errors. Every message says what came, what was expected and what to do.
 
-    MnemonError
-    ├── RecipeError             a recipe that cannot be parsed, or that asks for what is not there
-    ├── CacheError              a cache verb that cannot be carried out; the cache is unchanged
-    │   ├── UnsupportedVerb     this kind of layer cannot do that, ever (documented per layer)
-    │   ├── CapacityError       a preallocated cache is full
-    │   └── PrefixMismatch      the cache holds other tokens than the prompt
-    ├── FileError               a cache file that cannot be used
-    │   ├── NotACacheFile       something else (missing, empty, text, model weights, a directory)
-    │   ├── UnsafeFile          pickle or zip: never opened, it could run code
-    │   ├── TruncatedFile       the end is missing
-    │   ├── DamagedFile         bits differ from what was written
-    │   ├── NewerVersion        written by a newer mnemon
-    │   └── WrongModel          written for another model, other weights or another dtype
-    ├── ModelError              a model or a config that cannot be loaded or served
-    ├── PlanError               a config whose cache cannot be computed in advance
-    ├── ZooError                the bundled model, its data or its training
-    └── DependencyError         an optional package is missing; the message says what to install
+MnemonError
+├── RecipeError             a recipe that cannot be parsed, or that asks for what is not there
+├── CacheError              a cache verb that cannot be carried out; the cache is unchanged
+│   ├── UnsupportedVerb     this kind of layer cannot do that, ever (documented per layer)
+│   ├── CapacityError       a preallocated cache is full
+│   └── PrefixMismatch      the cache holds other tokens than the prompt
+├── FileError               a cache file that cannot be used
+│   ├── NotACacheFile       something else (missing, empty, text, model weights, a directory)
+│   ├── UnsafeFile          pickle or zip: never opened, it could run code
+│   ├── TruncatedFile       the end is missing
+│   ├── DamagedFile         bits differ from what was written
+│   ├── NewerVersion        written by a newer mnemon
+│   └── WrongModel          written for another model, other weights or another dtype
+├── ModelError              a model or a config that cannot be loaded or served
+├── PlanError               a config whose cache cannot be computed in advance
+├── ZooError                the bundled model, its data or its training
+└── DependencyError         an optional package is missing; the message says what to install
 """
 
 __all__ = [

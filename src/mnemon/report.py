@@ -114,9 +114,7 @@ def report(
         )
         for (part, kind, stored, dtype), layers in found.items()
     )
-    return Report(
-        title=title, num_tokens=num_tokens, num_known_tokens=num_known_tokens, rows=rows
-    )
+    return Report(title=title, num_tokens=num_tokens, num_known_tokens=num_known_tokens, rows=rows)
 
 
 def _size(num_bytes: int) -> str:

@@ -150,10 +150,13 @@ def random_model(shape: str, dtype: torch.dtype, device: Any) -> PreTrainedModel
     if shape not in SHAPES:
         raise ModelError(f"unknown shape {shape!r}; valid are {', '.join(SHAPES)}.")
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, eos_token_id=None)
+    sizes: dict[str, Any] = dict(SHAPES[shape])
+    config = LlamaConfig(**sizes, tie_word_embeddings=False, eos_token_id=None)
     # Not .to(dtype): that would round the rotary frequencies too, which no loaded model has.
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.to(device).eval()
+    model.to(device)
+    model.eval()
+    return model
 
 
 def measure(
@@ -314,7 +317,8 @@ def _shapes(model: PreTrainedModel, ids: torch.Tensor) -> list[_Shape | None]:
         if keys is None or values is None or hasattr(layer, "conv_states"):
             shapes.append(None)
         else:
-            shapes.append(_Shape(*keys.shape[:2], keys.shape[3], values.shape[3], keys.dtype))
+            batch, heads, _, key_dim = keys.shape
+            shapes.append(_Shape(batch, heads, key_dim, values.shape[3], keys.dtype))
     return shapes
 
 
@@ -322,7 +326,7 @@ def _tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type,unused-ignore]
     return torch.randint(0, vocabulary, (batch, length), generator=generator).to(model.device)
 
 

@@ -153,7 +153,7 @@ def config_fingerprint(
 def _volatile() -> frozenset[str]:
     from transformers import GenerationConfig
 
-    settings = GenerationConfig().to_dict()  # type: ignore[no-untyped-call]
+    settings = GenerationConfig().to_dict()
     return _VOLATILE.union(settings)
 
 
