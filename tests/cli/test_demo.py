@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_models import CONTEXT, run, run_json, save_tiny
+from test_report import make_result
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 import mnemon
-from mnemon.cli import contenders, demo_run, trial
+from mnemon.cli import contenders, demo, demo_run, trial
 from mnemon.cli.models import load_model
 from mnemon.cli.sources import own_text
 
@@ -130,7 +131,17 @@ def test_prints_one_table_and_the_path(
         assert name in result.stdout
     assert "report.html" in result.stdout
     assert "text.txt" in result.stdout
-    assert "A cached prompt of 32 tokens given again" in result.stdout
+    assert "no prompt given twice" in result.stdout
+
+
+def test_findings_are_printed_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    demo._print(make_result(), Path("out/report.html"))
+    out = capsys.readouterr().out
+    assert "2,048 of 2,080 tokens: first token after 1,000 ms computed, 20 ms from" in out
+    assert "DynamicCache: 1 of 4 answers right, 75 tokens held where 43 are right" in out
+    assert "dense + attach: 4 of 4 answers right, 43 tokens held" in out
+    assert "100% at 16, 90% at 256, 40% at 1,024" in out
+    assert "out/report.html" in out
 
 
 def test_out_of_time_measures_less_and_says_so(
@@ -141,7 +152,13 @@ def test_out_of_time_measures_less_and_says_so(
     assert found["settings"]["rounds"] == 1
     assert {point["context"] for point in found["speed"]} == {64}
     (note,) = found["notes"]
-    assert "1 of 3 timed rounds, no speed with 128 tokens" in note
+    assert "1 of 3 timed rounds" in note
+    assert "dense was not scored" in note
+    assert "no speed with 128 tokens of context" in note
+    assert found["reuse"] is None
+    assert found["fed_twice"] == []
+    assert by_name(found)["dense"]["bits_per_byte"] is None
+    assert by_name(found)["dense"]["tokens_per_s"] > 0
 
 
 def test_a_cache_that_fails_is_a_row_not_the_end(
@@ -165,9 +182,9 @@ def test_a_cache_that_fails_is_a_row_not_the_end(
 
 def test_context_is_cut_to_text_and_model(model: Path) -> None:
     loaded = load_model(str(model))
-    demo = demo_run.Demo(loaded, own_text(), demo_run.DemoOptions(context=400, num_new=6))
-    assert demo.context == CONTEXT - demo_run.SCORED_TOKENS
-    assert "shortened from 400 to 256" in demo.all_notes()[0]
+    cut = demo_run.Demo(loaded, own_text(), demo_run.DemoOptions(context=400, num_new=6))
+    assert cut.context == CONTEXT - demo_run.SCORED_TOKENS
+    assert "shortened from 400 to 256" in cut.all_notes()[0]
     shorter = demo_run.Demo(loaded, own_text(), demo_run.DemoOptions(context=200, num_new=6))
     assert (shorter.context, shorter.all_notes()) == (200, [])
 

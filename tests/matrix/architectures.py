@@ -190,7 +190,7 @@ _text(
     **{**MLA, "num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
     **{"moe_topk": 2, "zero_expert_num": 2},
 )
-_INDEXED = {**MLA, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
+_INDEXED = {**MLA, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 16}
 _text("deepseek_v32", "indexed", **_INDEXED)
 _text("glm_moe_dsa", "indexed", **_INDEXED)
 _COMPRESSED, _HEAVILY = "compressed_sparse_attention", "heavily_compressed_attention"

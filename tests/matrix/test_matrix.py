@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from mnemon import Cache
+from mnemon.errors import RecipeError
+
 from .architectures import rows
 from .broken import forgetful_cache
-from .cells import EQUAL, NOT_APPLICABLE, judge, reference
+from .cells import EQUAL, NOT_APPLICABLE, bench, judge, reference
 from .modes import MODES, NUM_NEW, STATIC
 
 # transformers and the modeling files warn about their own deprecations: not what is tested here.
@@ -75,6 +78,15 @@ def test_few_cells_are_not_applicable(row: str) -> None:
     """What transformers cannot do is found by trying it, and may not grow unnoticed."""
     raised = [mode for mode in MODES if isinstance(reference(row, mode), Exception)]
     assert len(raised) <= MOST_NOT_APPLICABLE[rows()[row].family], raised
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("row", ["gpt_neo", "led", "deepseek_v4"])
+def test_static_is_refused_where_it_would_give_other_tokens(row: str) -> None:
+    """There transformers' StaticCache raises KeyError, or silently gives other tokens."""
+    assert isinstance(reference(row, "static"), Exception)
+    with pytest.raises(RecipeError, match="does not fit this model"):
+        Cache(bench(row).model.config, "static(64)")
 
 
 def test_the_matrix_covers_enough() -> None:

@@ -407,7 +407,6 @@ class Cache(CacheFacade):
             )
         self._log = TokenLog.of(state.tokens)
         self.content_key = state.meta.get("content_key")
-        self.notes = dict(state.meta.get("notes") or {})
         prefilled = state.meta.get("prefilled")
         self.prefilled = None if prefilled is None else Prefilled(**prefilled)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PeakMemory", "Scores", "Trial", "generate", "score"]
 
-SINGLE_STEPS = 32  # tokens that `score` feeds one by one, as decoding does
+SINGLE_STEPS = 16  # tokens that `score` feeds one by one, as decoding does
 SCORE_CHUNK = 32
 
 

@@ -13,9 +13,9 @@ from transformers.cache_utils import (
 
 from mnemon.errors import ModelError
 
-# Their attention takes the number of keys it is handed for the position of the query: a
-# preallocated layer, whose tail is empty, gives other tokens (in transformers too).
-_COUNT_KEYS = frozenset({"gpt_neo"})
+# Their attention takes every key it is handed for a real one: a preallocated layer, whose tail is
+# empty, gives other tokens (transformers' StaticCache does too).
+_COUNT_KEYS = frozenset({"gpt_neo", "led"})
 
 __all__ = ["LayerSpec", "decoder_config", "is_encoder_decoder", "layer_specs"]
 
@@ -32,7 +32,7 @@ class LayerSpec:
         foreign: makes a layer of a class that lives in a modeling file of transformers, for layer
             types that only that model knows.
         foreign_static: the same with room for so many tokens; None where that model has none.
-        counts_keys: the model's attention counts the keys it is handed, so none may be empty.
+        counts_keys: the model's attention takes every key it is handed for a real one.
     """
 
     attends: bool = True

@@ -75,8 +75,8 @@ def _attention(spec: LayerSpec, recipe: Recipe) -> CacheLayer:
     max_tokens = recipe.static_tokens
     if max_tokens is not None and spec.counts_keys:
         raise RecipeError(
-            f"{recipe} does not fit this model: its attention counts the keys it is handed, and a "
-            f"preallocated layer has empty ones. Use the default recipe."
+            f"{recipe} does not fit this model: its attention takes every key it is handed for a "
+            f"real one, and a preallocated layer has empty ones. Use the default recipe."
         )
     if max_tokens is None:
         return DenseLayer() if spec.window is None else WindowLayer(spec.window)

@@ -32,6 +32,8 @@ class ForeignLayer(CacheLayer):
         self._max_tokens = max_tokens
         self._inner = make()
         self.is_sliding = bool(getattr(self._inner, "is_sliding", False))
+        # Of a cache that says no here, transformers takes every key for a real one.
+        self.is_compileable = max_tokens is not None and bool(self._inner.is_compileable)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "_inner" not in self.__dict__:
@@ -39,7 +41,8 @@ class ForeignLayer(CacheLayer):
         return getattr(self._inner, name)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check_append(keys, values)
+        if not torch.compiler.is_compiling():
+            self._check_append(keys, values)
         result: tuple[torch.Tensor, torch.Tensor] = self._inner.update(keys, values)
         return result
 
@@ -79,6 +82,12 @@ class ForeignLayer(CacheLayer):
     @property
     def num_tokens(self) -> int:
         return int(self._inner.get_seq_length())
+
+    def traced_length(self) -> int | torch.Tensor:
+        if self._max_tokens is not None and torch.compiler.is_compiling():
+            length: torch.Tensor = self._inner.get_seq_length()
+            return length
+        return self.num_tokens
 
     @property
     def num_stored(self) -> int:

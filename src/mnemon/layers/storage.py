@@ -133,6 +133,18 @@ class TokenBuffer:
         else:
             self._adopt(live.to(promoted), reserve=not self._exact)
 
+    def has_room(self, num_new: int) -> bool:
+        """Whether `append` of `num_new` needs no other memory."""
+        storage = self._storage
+        return storage is None or (
+            storage.tip == self._end and self._end + num_new <= storage.capacity
+        )
+
+    def reserve(self, num_new: int) -> None:
+        """Obtain the memory that `append` of `num_new` needs."""
+        if not self.has_room(num_new):
+            self._make_room(num_new)
+
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Nothing: this buffer promotes."""
 
