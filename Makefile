@@ -6,7 +6,7 @@ STAMP := $(VENV)/.mnemon-ready
 # What the test suite and the demo may use at most; more threads than cores only slow them down.
 THREADS ?= 2
 
-.PHONY: setup demo test test-all lint types imports check bench clean
+.PHONY: setup demo test test-all lint types imports check clean
 
 setup: $(STAMP)
 

@@ -1,5 +1,6 @@
 """generate with a filled cache: verified reuse, and always the tokens of an uncached run."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -619,6 +620,30 @@ def test_a_cache_of_another_model_is_not_reused() -> None:
         _run(one, ids, cache)
 
 
+def test_a_cache_of_a_model_that_is_gone_is_not_reused() -> None:
+    one, two, ids = llama(0), llama(1), prompt(20)
+    expected = _fresh(two, ids)
+    cache = mnemon.Cache(one.config)
+    with mnemon.attach(one):
+        _run(one, ids, cache)
+    del one
+    gc.collect()
+    with mnemon.attach(two):
+        assert torch.equal(_run(two, ids, cache), expected)
+
+
+def test_what_was_added_to_named_tokens_unseen_is_not_reused() -> None:
+    model, ids, other = llama(), prompt(20), prompt(20)
+    other[:, 14:] = prompt(6, seed=9)
+    cache = mnemon.Cache(model.config)
+    forward = model.forward
+    with torch.no_grad(), mnemon.attach(model) as attachment:
+        model(ids[:, :12], past_key_values=cache)
+        forward(ids[:, 12:], past_key_values=cache)  # as a compiled forward: not tracked
+        assert torch.equal(_run(model, other, cache), _fresh(model, other))
+        assert attachment.stats.tokens_reused == 12
+
+
 def test_a_cache_of_a_copy_of_the_model_is_reused() -> None:
     one, two, ids = llama(0), llama(0), prompt(20)
     with mnemon.attach(one), mnemon.attach(two) as attachment:
@@ -626,3 +651,26 @@ def test_a_cache_of_a_copy_of_the_model_is_reused() -> None:
         expected = _run(one, ids, cache)
         assert torch.equal(_run(two, ids, cache), expected)
         assert attachment.stats.tokens_reused == 19
+
+
+def test_a_cache_of_weights_that_were_changed_since_is_not_reused() -> None:
+    model, ids = llama(), prompt(20)
+    cache = mnemon.Cache(model.config)
+    with mnemon.attach(model) as attachment:
+        _run(model, ids, cache)
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights.add_(torch.randn_like(weights) * 0.05)  # what an optimiser's step does
+        assert torch.equal(_run(model, ids, cache), _fresh(model, ids))
+        assert attachment.stats.tokens_reused == 0
+
+
+def test_a_cache_that_two_models_filled_is_nobodys() -> None:
+    one, two, ids = llama(0), llama(1), prompt(20)
+    cache = mnemon.Cache(one.config)
+    with mnemon.attach(one), mnemon.attach(two) as attachment, torch.no_grad():
+        _run(one, ids, cache)
+        two(prompt(1), past_key_values=cache)
+        ids = torch.cat([cache.tokens, prompt(1)], dim=1)
+        assert torch.equal(_run(two, ids, cache), _fresh(two, ids))
+        assert attachment.stats.tokens_reused == 0

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from binding_models import bart, jamba, llama, llava, mamba, mistral, prompt
-from mnemon import Cache
+from mnemon import Cache, prefill
 from mnemon.cache import CacheState, EncoderDecoderCache
 from mnemon.errors import CacheError, ModelError, RecipeError, UnsupportedVerb
 
@@ -197,6 +197,24 @@ def test_keep(models: dict[str, PreTrainedModel]) -> None:
     assert (cache.num_tokens, cache.num_stored) == (14, 7)
 
 
+def test_keep_refuses_to_uncover_padding(models: dict[str, PreTrainedModel]) -> None:
+    cache = Cache(models["llama"].config)
+    run(models["llama"], cache, prompt(12, batch=2))
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :3] = 0
+    cache.record_tokens(prompt(12, batch=2), mask, 0)
+    before = content(cache)
+    # The mask tells columns 4.. apart from 0..: what is left of the padding would be seen.
+    with pytest.raises(CacheError, match="padding"):
+        cache.keep(torch.tensor([0, 1, 2, 3, 8, 9, 10, 11]))
+    with pytest.raises(CacheError, match="padding"):
+        cache.keep(torch.tensor([2, 8, 9, 10, 11]).expand(2, 2, 5))
+    assert same(content(cache), before)
+    cache.keep(torch.tensor([3, 4, 5, 9, 10, 11]))
+    cache.keep(torch.tensor([0, 3, 5]))
+    assert cache.num_stored == 3
+
+
 # -- rows ------------------------------------------------------------------------------------------
 
 
@@ -303,6 +321,16 @@ def test_merge_refusals(models: dict[str, PreTrainedModel]) -> None:
             Cache.merge(bad)
     with pytest.raises(CacheError, match="Row 1"):
         filled.extract(1)
+
+
+def test_caches_of_different_models_do_not_merge() -> None:
+    twins, caches = [llama(seed=0), llama(seed=1)], []
+    for model in twins:
+        caches.append(Cache(model.config))
+        prefill(model, prompt(6), caches[-1])
+    with pytest.raises(CacheError, match="other weights"):
+        Cache.merge(caches)
+    assert Cache.merge([caches[0], caches[0].fork()]).filled_by is caches[0].filled_by
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -22,7 +22,12 @@ def scenario(name: str) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "mistral", "jamba", pytest.param("llama-inductor", marks=pytest.mark.slow)],
+    [
+        "llama",
+        "mistral",
+        pytest.param("jamba", marks=pytest.mark.slow),
+        pytest.param("llama-inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_static_caches_compile_into_one_graph(name: str) -> None:
     """``fullgraph=True``, the tokens of eager mode, and nothing is compiled after warm-up.

@@ -349,3 +349,16 @@ def test_exact_generation_where_nothing_can_be_cropped(make: Any) -> None:
             runs.append(list(outputs.scores))
         assert _same_bits(runs[0], runs[1])
         assert _same_bits(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("change", ["model", "dtype"])
+def test_what_another_model_computed_is_not_reused(change: str) -> None:
+    model, ids = llama(seed=0), prompt(LENGTH)
+    cache = mnemon.Cache(model.config)
+    mnemon.prefill(model, ids, cache, CHUNK)
+    other = llama(seed=1) if change == "model" else model.to(torch.bfloat16)
+    fresh = mnemon.Cache(other.config)
+    expected = mnemon.prefill(other, ids, fresh, CHUNK)
+    got = mnemon.prefill(other, ids, cache, CHUNK)
+    assert torch.equal(got.logits, expected.logits)
+    assert _same_bits(_content(cache), _content(fresh))

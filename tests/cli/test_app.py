@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import typer
@@ -107,9 +109,45 @@ def test_guarded_turns_errors_into_exit_codes(capsys: pytest.CaptureFixture[str]
         assert stopped.value.code == code
     with pytest.raises(ZeroDivisionError):  # a bug is not hidden
         guarded(error=ZeroDivisionError())
-    with pytest.raises(SystemExit):
-        guarded(error=MnemonError("why"), as_json=True)
-    assert json.loads(capsys.readouterr().out)["error"]["message"] == "why"
+    for error, code in ((MnemonError("why"), 1), (OSError("why"), 1), (KeyboardInterrupt(), 130)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            guarded(error=error, as_json=True)
+        assert stopped.value.code == code
+        out = capsys.readouterr().out
+        assert json.loads(out)["error"]["message"] in ("why", "interrupted")
+        assert len(out.splitlines()) == 1  # also a line of `chat --json`
+
+
+def run_plan(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "mnemon", "plan", *arguments]
+    return subprocess.run(words, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["--help"]])
+def test_a_closed_pipe_needs_no_message(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_plan(*arguments, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (output.EXIT_ERROR, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["--help"]])
+def test_a_full_disk_behind_standard_output_is_an_error(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = run_plan(*arguments, stdout=full)
+    assert done.returncode == output.EXIT_ERROR
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_ascii_terminal_gets_question_marks() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = run_plan(stdout=subprocess.PIPE, env=environment)
+    assert done.returncode == output.EXIT_OK
+    assert "tiny-stdlib ? llama" in done.stdout
 
 
 def test_guarded_keeps_the_signature_for_typer() -> None:
@@ -160,6 +198,13 @@ def test_counts_are_read(text: str, count: int) -> None:
 def test_what_is_no_count_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a number of tokens"):
         output.parse_count(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 31, "9" * 30 + "k", "9" * 5000, "1." + "0" * 400])
+def test_what_no_machine_has_is_refused(text: str) -> None:
+    for read in (output.parse_bytes, output.parse_count):
+        with pytest.raises(ValueError, match="too large"):
+            read(text)
 
 
 @given(st.integers(min_value=0, max_value=2**80))

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from cli_models import CONTEXT, run, save_tiny
 from transformers import AutoTokenizer
-from typer.testing import Result
+from typer.testing import CliRunner, Result
 
+from mnemon.cli import app
 from mnemon.cli.answer import interruptible
 from mnemon.cli.conversation import Conversation, cache_path, load_conversation, turn_marker
 from mnemon.zoo import bundled_model_path
@@ -178,6 +179,18 @@ def test_reset_begins_again_and_keeps_the_system_message(model: Path) -> None:
     assert (second["content"], second["num_prompt"]) == (first["content"], first["num_prompt"])
     (without,) = answers(chat(model, "one", options=["--json"]))
     assert without["num_prompt"] < first["num_prompt"]
+
+
+def test_a_session_that_cannot_be_saved_is_said_before_the_talk(model: Path) -> None:
+    result = run("chat", model, "--session", "nowhere/talk", "--json", text="hello\n")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["type"] == "FileError"
+
+
+def test_input_that_is_no_text_is_an_error(model: Path) -> None:
+    result = CliRunner().invoke(app.build("chat"), ["chat", str(model)], input=b"\xff\xfe\n")
+    assert result.exit_code == 1
+    assert "not UTF-8" in result.stderr
 
 
 def test_a_full_conversation_says_so_and_goes_on(model: Path) -> None:

@@ -137,6 +137,9 @@ def test_new_tokens_are_cut_to_the_context(model: Path) -> None:
         (["--prompt", "a", "-n", "0"], 2, "max-new"),
         (["--prompt", "a", "--dtype", "int8"], 1, "dtype"),
         (["--prompt", "a", "--save-cache", "nowhere/x"], 1, "its folder is not there"),
+        (["--prompt", "a", "--device", "meta"], 1, "unknown device"),
+        (["--prompt", "a", "--cache", "static(1000000000000)"], 1, "out of memory"),
+        (["--prompt", "a", "--seed", "9" * 30], 2, "seed"),
     ],
 )
 def test_errors_are_short_and_have_their_code(
@@ -173,6 +176,55 @@ def test_unknown_model_and_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> N
     assert hub.exit_code == 1
     assert "nobody/no-such-model" in hub.stderr
     assert "network" in hub.stderr
+
+
+def test_a_temperature_next_to_nothing_is_none(model: Path) -> None:
+    found = run_json("generate", model, "--prompt", PROMPT, "-n", "20", "--temperature", "1e-300")
+    assert found["tokens"] == expected(model, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", b"junk", "cannot be loaded"),
+        ("config.json", b'{"model_type": "llama", "num_hidden_layers": "two"}', "cannot be loaded"),
+        ("tokenizer.json", None, "tokenizer.save_pretrained"),
+        ("tokenizer.json", b"junk", "tokenizer.save_pretrained"),
+    ],
+)
+def test_a_damaged_model_folder_is_an_error(
+    tmp_path: Path, file: str, content: bytes | None, words: str
+) -> None:
+    folder = save_tiny(tmp_path / "damaged")
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    result = run("generate", folder, "--prompt", "a")
+    assert result.exit_code == 1
+    assert words in result.stderr
+
+
+def test_an_encoder_decoder_cache_has_no_text_to_continue(tmp_path: Path) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    folder, file = save_tiny(tmp_path / "bart"), tmp_path / "bart.cache"
+    config = BartConfig(
+        vocab_size=4096,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=64,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    run_json("generate", folder, "--prompt", "a b", "-n", "4", "--save-cache", file)
+    result = run("generate", folder, "--load-cache", file, "-n", "4")
+    assert result.exit_code == 1
+    assert "not the prompt's text" in result.stderr.replace("\n", " ")
 
 
 def test_errors_are_json_when_asked_for(model: Path) -> None:

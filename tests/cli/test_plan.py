@@ -206,7 +206,15 @@ def test_the_quick_parser_takes_the_common_calls() -> None:
         model="org/model", context="128k", batch=8, memory="24GiB", as_json=True
     )
     assert plan_table.quick_parse([]) == plan_table.Options()
-    for left_to_typer in (["--help"], ["a", "b"], ["--context"], ["-c", "--json"], ["-b", "0"]):
+    large = ["-b", str(plan_table.MAX_BATCH + 1)]
+    for left_to_typer in (
+        ["--help"],
+        ["a", "b"],
+        ["--context"],
+        ["-c", "--json"],
+        ["-b", "0"],
+        large,
+    ):
         assert plan_table.quick_parse(left_to_typer) is None
 
 

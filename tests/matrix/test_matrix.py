@@ -25,8 +25,10 @@ FAMILIES = {
     *("encoder-decoder", "speech", "multimodal"),
 }
 #: At most so many of the 13 modes may be beyond transformers' own cache, by family. States cannot
-#: be drafted on and mostly have no static form; the few others are that model's own limits.
-MOST_NOT_APPLICABLE = dict.fromkeys(FAMILIES, 2) | {"hybrid": 4, "mamba": 5, "speech": 4}
+#: be drafted on; the few others are one model's own limits.
+MOST_NOT_APPLICABLE = dict.fromkeys(FAMILIES, 2) | {
+    **{"hybrid": 3, "mamba": 3, "speech": 4, "compressed": 4}
+}
 
 
 def _params() -> list[Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mnemon.binding import prefix
 from mnemon.binding.states import continues_states
-from mnemon.binding.tracking import is_attached, run_forward
+from mnemon.binding.tracking import is_attached, is_of_another_model, run_forward
 from mnemon.cache import Cache, Prefilled
 from mnemon.errors import CacheError, ModelError
 from mnemon.hf import generate as hf
@@ -37,12 +37,12 @@ def prefill(
     """Fill `cache` with `ids`, reusing what it holds, such that reuse changes no bit.
 
     The tokens run in chunks that begin at multiples of `chunk`. Of a filled cache, the leading
-    tokens are reused that equal `ids` and that an earlier prefill computed in the same chunks, with
-    the same batch and attention implementation; the rest is computed again. So the logits and the
-    cache are bit for bit those of a prefill into an empty cache. A cache that cannot be cropped to
-    a chunk's beginning (windows that moved on, recurrent states) is emptied first. A model that
-    cannot go on from its recurrent state with several tokens (see `continues_states`) is fed the
-    whole prompt at once.
+    tokens are reused that equal `ids` and that an earlier prefill of the same model computed in the
+    same chunks, with the same batch, dtype and attention implementation; the rest is computed
+    again. So the logits and the cache are bit for bit those of a prefill into an empty cache. A
+    cache that cannot be cropped to a chunk's beginning (windows that moved on, recurrent states) is
+    emptied first. A model that cannot go on from its recurrent state with several tokens (see
+    `continues_states`) is fed the whole prompt at once.
 
     Works with and without `attach`. Decoder-only models.
 
@@ -70,7 +70,7 @@ def prefill(
         mask = None
     keep = 0
     in_pieces = num_tokens <= chunk or continues_states(model, cache)
-    if cache.num_tokens and in_pieces:
+    if cache.num_tokens and in_pieces and not is_of_another_model(cache, model):
         agreed = prefix.match(cache.tokens, prefix.marked(ids, mask), grouped=True).num_common
         keep = min(agreed, num_tokens - 1, reusable(model, cache, ids.shape[0], chunk))
         keep = keep // chunk * chunk
@@ -165,7 +165,7 @@ def _arithmetic(model: PreTrainedModel) -> str:
     else:
         capability = torch.backends.cpu.get_cpu_capability()
         where = f"{device.type} {capability} {torch.get_num_threads()} threads"
-    return f"{'+'.join(sorted(names))} on {where}, torch {torch.__version__}"
+    return f"{'+'.join(sorted(names))} in {model.dtype} on {where}, torch {torch.__version__}"
 
 
 def _check(

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from mnemon.binding import prefix
 from mnemon.binding.content import digest
 from mnemon.binding.states import continues_states
+from mnemon.binding.tracking import is_of_another_model
 from mnemon.cache import Cache
 from mnemon.errors import PrefixMismatch
 from mnemon.hf import generate as hf
-from mnemon.hf.fingerprint import fingerprint
 
 __all__ = ["OnMismatch", "Reuse", "Stats"]
 
@@ -94,8 +94,8 @@ class Reuse:
         # An encoder's keys may be cached before the decoder has seen a token.
         is_filled = cache.batch_size > 0
         is_continued = self.prompt.num_given < self.prompt.num_tokens
-        if is_filled and not is_continued and self._is_of_another_model():
-            self._mismatch("another model filled it")
+        if is_filled and not is_continued and is_of_another_model(cache, self.model):
+            self._mismatch("another model filled it, or one that is gone")
             self._reset()
             is_filled = False
         if is_filled and (is_pair or content) and content != before and not is_continued:
@@ -110,14 +110,6 @@ class Reuse:
         if content and content != before:
             joined = is_continued and bool(before) and not is_pair
             cache.content_key = f"{before}+{content}" if joined else content
-
-    def _is_of_another_model(self) -> bool:
-        """Whether a model that still exists, and computes otherwise, filled the cache."""
-        filled_by = self.cache.filled_by
-        other = None if filled_by is None else filled_by()
-        if other is None or other is self.model:
-            return False
-        return bool(fingerprint(other).differences(fingerprint(self.model)))
 
     # -- tokens ----------------------------------------------------------------------------------
 
@@ -148,6 +140,9 @@ class Reuse:
         self._num_matching = common
         # At least one token has to run: its logits choose the first new one.
         keep = min(common, prompt.num_tokens - 1)
+        if cache.num_recorded:
+            # What a compiled forward added to named tokens nobody wrote down: computed again.
+            keep = min(keep, cache.num_recorded)
         keep = keep if self.limit is None else min(keep, self.limit)
         keep = keep // self.align * self.align
         if 0 < keep < prompt.num_tokens - 1 and not continues_states(self.model, cache):

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -10,9 +10,17 @@ from transformers import PreTrainedModel
 from mnemon.binding.prefix import UNKNOWN
 from mnemon.cache import Cache
 from mnemon.hf import generate as hf
+from mnemon.hf.fingerprint import fingerprint
 from mnemon.layers import CacheLayer, HybridLayer
 
-__all__ = ["ATTACHED", "brings_cache", "is_attached", "own_cache", "run_forward"]
+__all__ = [
+    "ATTACHED",
+    "brings_cache",
+    "is_attached",
+    "is_of_another_model",
+    "own_cache",
+    "run_forward",
+]
 
 #: The instance attribute under which an attached model keeps its attachment.
 ATTACHED: Final = "_mnemon_attachment"
@@ -20,6 +28,45 @@ ATTACHED: Final = "_mnemon_attachment"
 
 def is_attached(model: torch.nn.Module) -> bool:
     return ATTACHED in vars(model)
+
+
+def is_of_another_model(cache: Cache, model: PreTrainedModel) -> bool:
+    """Whether a model that computes otherwise filled `cache`.
+
+    One that is gone counts as such, and so does `model` itself once its weights were written to
+    (training, merged adapters).
+    """
+    if cache.filled_by is None:  # nobody knows: filled by hand
+        return False
+    other = cache.filled_by()
+    if other is model:
+        return cache.filled_version not in (None, weights_version(model))
+    return other is None or bool(fingerprint(other).differences(fingerprint(model)))
+
+
+def weights_version(model: PreTrainedModel) -> int | None:
+    """How often the weights were written in place, summed; None where torch does not count."""
+    try:
+        return sum(parameter._version for parameter in model.parameters())
+    except RuntimeError:  # made under inference mode
+        return None
+
+
+def _note_model(cache: Cache, model: PreTrainedModel, start: int) -> None:
+    """Write down that `model` filled `cache` from token `start` on."""
+    holder = None if cache.filled_by is None else cache.filled_by()
+    if start == 0:
+        cache.filled_by, cache.filled_version = weakref.ref(model), weights_version(model)
+    elif holder is not model:
+        if is_of_another_model(cache, model):
+            # Two models in one cache: it counts as filled by one that is gone.
+            cache.filled_by = cast("weakref.ref[PreTrainedModel]", weakref.ref(_Mixture()))
+        elif cache.filled_by is None or holder is not None:
+            cache.filled_by, cache.filled_version = weakref.ref(model), None
+
+
+class _Mixture:
+    """What filled a cache that two models filled; nobody keeps one alive."""
 
 
 def brings_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -64,7 +111,7 @@ def run_forward(
     ids, embeds = arguments.get(names.ids), arguments.get(names.embeds)
     if ids is None and embeds is not None:
         ids = torch.full(embeds.shape[:2], UNKNOWN, dtype=torch.int64)
-    cache.filled_by = weakref.ref(model)
+    _note_model(cache, model, start)
     if ids is not None and ids.ndim == 2:
         mask = _mask_of_new(arguments.get(names.mask), prompt_mask, start, ids)
         cache.record_tokens(ids, mask, start)

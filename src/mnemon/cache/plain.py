@@ -14,6 +14,7 @@ from mnemon import recipe as recipes
 from mnemon.cache.state import CacheState, Prefilled
 from mnemon.errors import CacheError
 from mnemon.hf.base import CacheFacade
+from mnemon.hf.fingerprint import fingerprint
 from mnemon.hf.kinds import is_encoder_decoder, layer_specs
 from mnemon.layers.base import CacheLayer, row_index
 from mnemon.recipe import Recipe
@@ -68,6 +69,8 @@ class Cache(CacheFacade):
         self.prefilled: Prefilled | None = None
         #: The model whose forwards filled it: set by the binding.
         self.filled_by: weakref.ref[PreTrainedModel] | None = None
+        #: How often that model's weights had been written when the first token was cached.
+        self.filled_version: int | None = None
 
     @classmethod
     def _of(cls, config: PreTrainedConfig, recipe: Recipe, layers: list[CacheLayer]) -> "Cache":
@@ -219,13 +222,34 @@ class Cache(CacheFacade):
 
         Raises:
             UnsupportedVerb: a layer whose positions are bound (window, state); nothing changed.
+            CacheError: indices out of range, or the attention mask would no longer hide padding.
         """
         trial = self.fork()
         for layer in trial.layers:
             layer.keep(indices)
+        self._check_padding_stays_hidden(indices)
         for layer in self.layers:
             layer.keep(indices)
         self.prefilled = None
+
+    def _check_padding_stays_hidden(self, indices: torch.Tensor) -> None:
+        # The mask's column that stands for stored token i is number (num_tokens - num_stored + i).
+        hidden = (self.tokens == PADDING)[:, self.num_tokens - self.num_stored :]
+        if not bool(hidden.any()):
+            return
+        indices = indices.to("cpu", torch.int64)
+        after = hidden[:, hidden.shape[1] - indices.shape[-1] :]
+        if indices.ndim == 1:
+            moved = hidden[:, indices]
+        else:
+            moved = hidden[:, None].expand(*indices.shape[:2], -1).gather(-1, indices)
+            after = after[:, None]
+        if not bool((moved == after).all()):
+            raise CacheError(
+                "keep() would move padding to where the attention mask shows it, or tokens to "
+                "where it hides them. Drop the tokens that are padding in any row, or extract() "
+                "the rows first."
+            )
 
     def reset(self) -> None:
         """Forget everything; preallocated memory stays."""
@@ -235,6 +259,7 @@ class Cache(CacheFacade):
         self.content_key = None
         self.prefilled = None
         self.filled_by = None
+        self.filled_version = None
 
     def end_past_recording(self) -> None:
         """Undo `activate_past_recording`: windows are bounded again, nothing more can go back."""
@@ -313,7 +338,11 @@ class Cache(CacheFacade):
         merged._log = TokenLog.merge([cache.tokens for cache in caches])
         keys = {cache.content_key for cache in caches}
         merged.content_key = keys.pop() if len(keys) == 1 else None
-        merged.filled_by = first.filled_by
+        merged.filled_by = _filled_alike(caches)
+        merged.filled_version = min(
+            (cache.filled_version for cache in caches if cache.filled_version is not None),
+            default=None,
+        )
         return merged
 
     def extract(self, row: int) -> "Cache":
@@ -328,7 +357,7 @@ class Cache(CacheFacade):
         )
         other._log = TokenLog.of(tokens[None, padding:])
         other.content_key = self.content_key
-        other.filled_by = self.filled_by
+        other.filled_by, other.filled_version = self.filled_by, self.filled_version
         return other
 
     def fork(self) -> "Cache":
@@ -337,7 +366,7 @@ class Cache(CacheFacade):
         other._log = self._log.fork()
         other.content_key = self.content_key
         other.prefilled = self.prefilled
-        other.filled_by = self.filled_by
+        other.filled_by, other.filled_version = self.filled_by, self.filled_version
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
@@ -421,3 +450,20 @@ class Cache(CacheFacade):
             f"{type(self).__name__}({self.config.model_type!r}, {str(self.recipe)!r}, "
             f"num_tokens={self.num_tokens}, batch_size={self.batch_size}, nbytes={self.nbytes})"
         )
+
+
+def _filled_alike(caches: Sequence[Cache]) -> "weakref.ref[PreTrainedModel] | None":
+    """Which model filled `caches`; of several, one that is gone: nobody can vouch for it.
+
+    Raises:
+        CacheError: models that compute differently.
+    """
+    known = [cache.filled_by for cache in caches if cache.filled_by is not None]
+    models = {id(model): model for found in known if (model := found()) is not None}
+    first, *others = models.values() or (None,)
+    for other in others:
+        differences = [] if first is None else fingerprint(first).differences(fingerprint(other))
+        if differences:
+            raise CacheError(f"Cannot merge caches of different models: {'; '.join(differences)}.")
+    gone = [found for found in known if found() is None]
+    return next(iter([*gone, *known]), None)

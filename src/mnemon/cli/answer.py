@@ -27,6 +27,8 @@ __all__ = ["Answer", "Sampling", "StopSign", "answer", "interruptible"]
 
 Write = Callable[[str], None]
 
+MIN_TEMPERATURE = 1e-5  # below, probabilities are those of the likeliest token, or overflow
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -49,7 +51,7 @@ class Sampling:
     def options(self) -> dict[str, Any]:
         """As `model.generate` takes them."""
         options = {**GREEDY, "num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
-        if self.temperature > 0:
+        if self.temperature > MIN_TEMPERATURE:
             options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
             del options["top_k"]  # the model's own, if it names one
         return options

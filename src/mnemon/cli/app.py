@@ -6,6 +6,7 @@ that does not fit, tokens that differ); 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import import_module
@@ -89,6 +90,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         arguments: the words after `mnemon`; None takes them from the process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a "?" in an ASCII locale, not a traceback
+    try:
+        _run(arguments)
+    except KeyboardInterrupt:  # while a command was being imported
+        print("interrupted", file=sys.stderr)
+        sys.exit(output.EXIT_INTERRUPTED)
+    except OSError as error:  # a help text that cannot be written
+        output.print_error(error, as_json=False)
+        sys.exit(output.EXIT_ERROR)
+
+
+def _run(arguments: list[str]) -> NoReturn:
     if arguments[:1] == ["plan"] and "_MNEMON_COMPLETE" not in os.environ:
         from mnemon.cli import plan_table
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mnemon.cli import output
-from mnemon.errors import MnemonError
+from mnemon.errors import FileError, MnemonError
 
 if TYPE_CHECKING:
     from mnemon.binding import Attachment
@@ -48,7 +48,9 @@ def command(
         float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
     ] = 0.7,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0)] = 0.95,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the random choices.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the random choices.")
+    ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
     ] = "auto",
@@ -66,6 +68,11 @@ def command(
     from mnemon import recipe
 
     recipe.parse(cache)
+    session = session and session.expanduser()
+    if session is not None and not session.absolute().parent.is_dir():
+        raise FileError(
+            f"cannot write {session}: its folder is not there; make it, or name another file."
+        )
     import mnemon
     from mnemon.cli.answer import Sampling
     from mnemon.cli.models import load_model
@@ -80,7 +87,7 @@ def command(
             attachment,
             sampling,
             recipe=cache,
-            session=session and session.expanduser(),
+            session=session,
             as_json=as_json,
         )
         chat.open(system)
@@ -140,7 +147,6 @@ class Chat:
         import mnemon
         from mnemon import recipe
         from mnemon.cli.conversation import cache_path, load_conversation
-        from mnemon.errors import FileError
 
         self.conversation, its_recipe = load_conversation(session)
         if self.recipe is None:
@@ -196,8 +202,15 @@ class Chat:
 
     def lines(self) -> Iterator[str]:
         """What the user writes: typed with editing, or piped in. Ctrl-D and Ctrl-C end it."""
+        from mnemon.cli.sources import InputError
+
         if not sys.stdin.isatty():
-            yield from sys.stdin
+            try:
+                yield from sys.stdin
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"standard input is not UTF-8 text ({error}); convert it, e.g. with iconv."
+                ) from error
             return
         try:
             import readline  # noqa: F401  (line editing and history for input())

@@ -6,24 +6,21 @@ so that a machine that speeds up or slows down does not favour whoever ran at th
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mnemon.cli import trial
+from mnemon.cli import demo_reuse, trial
 from mnemon.cli.contenders import (
     REFERENCE,
     Contender,
     contenders,
     held_bytes,
-    held_tokens,
     stored_bytes,
 )
-from mnemon.cli.demo_result import DemoResult, FedTwice, Reuse, Row, SpeedPoint
+from mnemon.cli.demo_result import DemoResult, Row, SpeedPoint
 from mnemon.cli.environment import environment
 from mnemon.cli.models import BUNDLED_NAME, LoadedModel
 from mnemon.cli.sources import InputError, Source, context_limit, encode
@@ -37,13 +34,11 @@ ROUNDS = 3
 SCORED_TOKENS = 256
 MEMORY_NEW = 8
 SWEEP_NEW = 16
-REUSE_TAIL = 32
-TWICE_PROMPTS, TWICE_PROMPT, TWICE_NEW = 4, 32, 16
 MIN_CONTEXT = 64
 # A busy or small machine measures less rather than longer: seconds for everything, and the share
 # of it after which a kind of measurement takes no further round, context or distance.
 TIME_S = 120.0
-ROUNDS_SHARE, SCORE_SHARE, REUSE_SHARE, SWEEP_SHARE, RECALL_SHARE = 0.35, 0.6, 0.75, 0.85, 0.95
+ROUNDS_SHARE, SCORE_SHARE, SWEEP_SHARE, RECALL_SHARE = 0.35, 0.6, 0.85, 0.95
 RECALL_DISTANCES = (32, 128, 512, 1024, 2048)
 RECALL_SAMPLES = 8
 RECALL_ROOM = 128  # a recall prompt is this much longer than its distance, at most
@@ -271,100 +266,6 @@ class Demo:
                 advance(f"recall at {distance:,} tokens: {each.name}")
                 self.attempt(each, once, distance)
 
-    def reuse(self, advance: Advance) -> Reuse:
-        """Time to the first token of a long prompt: fresh, kept in memory, loaded from a file."""
-        import mnemon
-
-        shared = self.context
-        prompt = self.ids[:, : shared + REUSE_TAIL]
-        fresh: list[trial.Trial] = []
-        kept: list[trial.Trial] = []
-        loaded: list[trial.Trial] = []
-        with mnemon.attach(self.model), tempfile.TemporaryDirectory(prefix="mnemon-") as folder:
-            advance("prefix reuse: compute and save the prompt")
-            saved = mnemon.Cache(self.model.config)
-            mnemon.prefill(self.model, prompt[:, :shared], saved)
-            num_reused = saved.common_prefix(prompt.cpu())
-            path = Path(folder) / "prompt.safetensors"
-            start = time.perf_counter()
-            saved.save(path, model=self.model)
-            save_s = time.perf_counter() - start
-            for round_ in range(self.options.rounds):
-                if round_ and self.out_of_time(REUSE_SHARE):
-                    break
-                advance("prefix reuse: fresh, kept, loaded")
-                cache = mnemon.Cache(self.model.config)
-                fresh.append(trial.generate(self.model, prompt, cache, SWEEP_NEW))
-                kept.append(trial.generate(self.model, prompt, saved.fork(), SWEEP_NEW))
-                start = time.perf_counter()
-                cache = mnemon.load_cache(path, self.model)
-                load_s = time.perf_counter() - start
-                run = trial.generate(self.model, prompt, cache, SWEEP_NEW)
-                loaded.append(
-                    trial.Trial(
-                        tokens=run.tokens,
-                        first_token_s=load_s + run.first_token_s,
-                        step_s=run.step_s,
-                    )
-                )
-            del cache  # a mapped file must be closed before Windows can delete it
-            size = path.stat().st_size
-        runs = [*fresh, *kept, *loaded]
-        return Reuse(
-            num_prompt=prompt.shape[1],
-            num_shared=shared,
-            num_reused=num_reused,
-            fresh_s=[run.first_token_s for run in fresh],
-            kept_s=[run.first_token_s for run in kept],
-            loaded_s=[run.first_token_s for run in loaded],
-            file_bytes=size,
-            save_s=save_s,
-            same_tokens=all(run.tokens == runs[0].tokens for run in runs),
-        )
-
-    def fed_twice(self, advance: Advance) -> list[FedTwice]:
-        """Give `generate` prompts that the cache already holds, in both libraries."""
-        reference, *rest = self.contenders
-        ours = next(each for each in rest if each.attached)
-        room = TWICE_PROMPT + TWICE_NEW
-        step = self.context // TWICE_PROMPTS
-        prompts = [self.ids[:, i * step :][:, :TWICE_PROMPT] for i in range(TWICE_PROMPTS)]
-        advance("prompts that are already cached")
-        right = [
-            trial.generate(self.model, ids, reference.make(room), TWICE_NEW).tokens
-            for ids in prompts
-        ]
-        results = []
-        for each in (reference, ours):
-            advance(f"prompts that are already cached: {each.name}")
-            error, answers = "", list[list[int]]()
-            num_held: int | None = None
-            try:
-                with each.session(self.model):
-                    for ids in prompts:
-                        cache = each.make(room)
-                        trial.generate(self.model, ids, cache, 1)  # now it holds the prompt
-                        answers.append(trial.generate(self.model, ids, cache, TWICE_NEW).tokens)
-                        num_held = held_tokens(cache)
-            except Exception as raised:  # whatever happens is the result
-                error = f"{type(raised).__name__}: {raised}"
-            same = [answer == wanted for answer, wanted in zip(answers, right, strict=False)]
-            shown = same.index(False) if False in same else 0
-            results.append(
-                FedTwice(
-                    name=each.name,
-                    num_prompt=TWICE_PROMPT,
-                    num_prompts=TWICE_PROMPTS,
-                    num_same=sum(same),
-                    num_held=num_held,
-                    num_right=room - 1,  # the last token is never fed back
-                    text=self.decode(answers[shown]) if answers else "",
-                    right_text=self.decode(right[shown]),
-                    error=error,
-                )
-            )
-        return results
-
     def decode(self, ids: Any) -> str:
         """Token ids as text."""
         return str(self.tokenizer.decode(ids))
@@ -410,9 +311,13 @@ def run(
     with torch.inference_mode(False), torch.no_grad():
         demo.main_rounds(advance)
         demo.scores(advance)
-        reuse = demo.reuse(advance) if demo.has_time(REUSE_SHARE, "no reuse of a prompt") else None
-        is_on = demo.has_time(REUSE_SHARE, "no prompt given twice")
-        fed_twice = demo.fed_twice(advance) if is_on else []
+        reuse = (
+            demo_reuse.reuse(demo, advance)
+            if demo.has_time(demo_reuse.SHARE, "no reuse of a prompt")
+            else None
+        )
+        is_on = demo.has_time(demo_reuse.SHARE, "no prompt given twice")
+        fed_twice = demo_reuse.fed_twice(demo, advance) if is_on else []
         speed = demo.sweep(advance)
         demo.recall(advance)
     prompt_end = demo.decode(demo.ids[0, demo.context - 60 : demo.context])

@@ -38,7 +38,9 @@ def command(
         float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
     ] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0)] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the random choices.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the random choices.")
+    ] = None,
     num_beams: Annotated[
         int, typer.Option("--num-beams", min=1, help="Beam search, which cannot stream.")
     ] = 1,
@@ -204,6 +206,11 @@ def _run(
     if text is not None:
         ids = encode(loaded.tokenizer, text)
     else:
+        if loaded.model.config.is_encoder_decoder:
+            raise InputError(
+                f"{path} is the cache of an encoder-decoder model, which holds the answer and not "
+                "the prompt's text; give the prompt with --prompt or --prompt-file."
+            )
         ids = cache.tokens[0].tolist() if num_loaded else []
         if min(ids, default=-1) < 0:
             raise InputError(

@@ -117,9 +117,17 @@ def load_model(name: str | None, *, dtype: str = "auto", device: str = "auto") -
     try:
         config = AutoConfig.from_pretrained(where)
         model = _auto_class(config, source.name).from_pretrained(where, dtype=torch_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged folder raises whatever its reader happens to trip over
         raise ModelError(_why_not_loaded(source, error)) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer of {source.name} cannot be loaded: {_first_line(error)}; "
+            "a model's folder needs what tokenizer.save_pretrained(folder) writes."
+        ) from error
     try:
         model = model.to(torch_device)
     except (RuntimeError, AssertionError) as error:
@@ -153,11 +161,12 @@ def parse_device(text: str) -> Any:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found or torch.device("cpu")
     try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise ModelError(
-            f"unknown device {text!r}; use auto, cpu, cuda, cuda:1, mps or xpu."
-        ) from error
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "meta":  # it holds no numbers
+        raise ModelError(f"unknown device {text!r}; use auto, cpu, cuda, cuda:1, mps or xpu.")
+    return device
 
 
 def _auto_class(config: Any, name: str) -> Any:
@@ -221,4 +230,4 @@ def _why_not_loaded(source: ModelSource, error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(".: ") if lines else type(error).__name__

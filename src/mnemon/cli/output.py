@@ -5,6 +5,7 @@ No torch, rich or typer at import: `mnemon plan` must answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,11 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+from mnemon.errors import MnemonError
+
 EXIT_OK = 0
 EXIT_ERROR = 1  # a MnemonError: the message says what to do
 EXIT_USAGE = 2  # the command line itself is wrong
 EXIT_NO = 3  # it ran, and the answer is no: does not fit, tokens differ
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
+
+_MOST = 10**30  # of bytes or tokens: products of two of them are still floats
 
 _SCALE = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 _DECIMAL_SCALE = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -55,7 +60,12 @@ def parse_count(text: str) -> int:
 
 def _scaled(number: str, scale: int) -> int:
     # Whole numbers stay integers: a float would round above 2**53.
-    return int(number) * scale if "." not in number else round(float(number) * scale)
+    if len(number) > 30:  # int() and float() have limits of their own
+        raise ValueError(f"{number[:12]}... is too large; at most {_MOST:.0e} is read")
+    found = int(number) * scale if "." not in number else round(float(number) * scale)
+    if found > _MOST:
+        raise ValueError(f"{number} is too large; at most {_MOST:.0e} is read")
+    return found
 
 
 def format_bytes(size_bytes: float) -> str:
@@ -72,7 +82,7 @@ def format_bytes(size_bytes: float) -> str:
 
 def format_count(count: float) -> str:
     """Write a whole number with thousands separators."""
-    return f"{count:,.0f}"
+    return f"{count:,}" if isinstance(count, int) else f"{count:,.0f}"
 
 
 def format_context(num_tokens: int) -> str:
@@ -89,34 +99,74 @@ def print_json(value: Any) -> None:
 
 def print_error(error: BaseException, *, as_json: bool) -> None:
     """Say what went wrong without a traceback: on stderr, or as a JSON object on stdout."""
-    message = str(error)
+    message = str(error) or type(error).__name__
     if as_json:
-        print_json({"error": {"type": type(error).__name__, "message": message}})
-    else:
-        print(f"{paint('error:', 'red', sys.stderr)} {message}", file=sys.stderr)
+        try:
+            # One line: `chat --json` prints a document per line.
+            print(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
+            sys.stdout.flush()
+            return
+        except OSError:  # standard output itself is what went wrong
+            _discard_output()
+    print(f"{paint('error:', 'red', sys.stderr)} {message}", file=sys.stderr)
+
+
+def _discard_output() -> None:
+    """Send what is left for standard output nowhere, so that leaving does not fail on it again."""
+    with contextlib.suppress(OSError, ValueError):  # a stream in memory has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command so that a MnemonError becomes a short message and an exit code.
 
-    A command that takes `as_json` gets its errors as JSON too.
+    So do what the system refuses (a full disk) and Ctrl-C; a closed pipe needs no message. A
+    command that takes `as_json` gets its errors as JSON too.
     """
     from functools import wraps
 
-    from mnemon.errors import MnemonError
-
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> Any:
+        as_json = bool(kwargs.get("as_json"))
         try:
-            return function(*args, **kwargs)
-        except MnemonError as error:
-            print_error(error, as_json=bool(kwargs.get("as_json")))
+            found = function(*args, **kwargs)
+            sys.stdout.flush()  # here its failure is still ours to explain
+            return found
+        except BrokenPipeError:  # nobody reads on (`| head`): no message, but it is not done
+            _discard_output()
+            sys.exit(EXIT_ERROR)
+        except (MnemonError, OSError) as error:
+            print_error(error, as_json=as_json)
+            sys.exit(EXIT_ERROR)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            print_error(OutOfMemory(_OUT_OF_MEMORY.format(str(error)[:200])), as_json=as_json)
             sys.exit(EXIT_ERROR)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            if as_json:
+                print_error(KeyboardInterrupt("interrupted"), as_json=True)
+            else:
+                print("interrupted", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
 
     return command
+
+
+class OutOfMemory(MnemonError, MemoryError):
+    """The machine or the accelerator has not the memory that a command needs."""
+
+
+_OUT_OF_MEMORY = (
+    "out of memory ({}); use a shorter prompt, a smaller static(n), fewer rows or beams, or a "
+    "smaller --dtype. `mnemon plan --memory` says what fits."
+)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Without importing torch: accelerators have an error of their own, a CPU only its message."""
+    is_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return is_torch or isinstance(error, MemoryError)
 
 
 _COLOURS = {"red": "31", "green": "32", "bold": "1", "dim": "2"}

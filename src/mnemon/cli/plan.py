@@ -21,7 +21,9 @@ def command(
     context: Annotated[
         str, typer.Option("--context", "-c", help="Tokens per row: 4096, 32k, 1M.")
     ] = plan_table.DEFAULT_CONTEXT,
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Rows.")] = 1,
+    batch: Annotated[
+        int, typer.Option("--batch", "-b", min=1, max=plan_table.MAX_BATCH, help="Rows.")
+    ] = 1,
     memory: Annotated[
         str | None,
         typer.Option("--memory", "-m", help="What weights and cache must fit in: 24GiB, 80GB."),

@@ -13,6 +13,7 @@ from mnemon.cli import models, output
 from mnemon.errors import ModelError, PlanError
 
 DEFAULT_CONTEXT = "4096"
+MAX_BATCH = 10**9
 
 
 class Options(NamedTuple):
@@ -60,9 +61,12 @@ def quick_parse(arguments: list[str]) -> Options | None:
         else:
             found["model"] = word
     if "batch" in found:
-        if not (found["batch"].isascii() and found["batch"].isdigit() and int(found["batch"])):
+        text = found["batch"]
+        if not (text.isascii() and text.isdigit() and len(text) < 12):
             return None
-        found["batch"] = int(found["batch"])
+        found["batch"] = int(text)
+        if not 1 <= found["batch"] <= MAX_BATCH:
+            return None
     return Options(**found)
 
 

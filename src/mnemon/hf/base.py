@@ -117,7 +117,7 @@ class CacheFacade(_TransformersCache, ABC):
         sizes: tuple[int, int] = layer.mask_sizes(query_length)
         return sizes
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _reserve(self, num_new: int) -> None:
         """All layers grow at once, before the graph: one break instead of two for every layer."""
         for layer in self.layers:
