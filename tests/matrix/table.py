@@ -67,18 +67,24 @@ def details(results: Results) -> list[str]:
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    """The matrix for a record."""
+    """The matrix for a record: one sign per mode, as in the table."""
+    names = list(dict.fromkeys(key[0] for key in results))
     return {
         "summary": summary(results),
-        "cells": [
-            {
-                "architecture": name,
+        "signs": SIGNS,
+        "modes": list(MODES),
+        "architectures": {
+            name: {
                 "family": rows()[name].family,
-                "mode": mode,
-                "attached": attached,
-                "outcome": outcome.kind,
-                "detail": outcome.detail,
+                "alone": _signs(results, name, attached=False),
+                "attached": _signs(results, name, attached=True),
             }
-            for (name, mode, attached), outcome in results.items()
-        ],
+            for name in names
+        },
+        "details": details(results),
     }
+
+
+def _signs(results: Results, name: str, *, attached: bool) -> str:
+    outcomes = [results.get((name, mode, attached)) for mode in MODES]
+    return "".join(" " if outcome is None else SIGNS[outcome.kind] for outcome in outcomes)

@@ -298,12 +298,15 @@ class Cache(CacheFacade):
         self._log.gather(index)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """`reorder`, as transformers calls it."""
         self.reorder(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """`repeat`, as transformers calls it."""
         self.repeat(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """`select`, as transformers calls it."""
         self.select(indices)
 
     @classmethod

@@ -91,7 +91,9 @@ def command(
 
     if model is not None and shape is not None:
         raise typer.BadParameter("give a model or --shape, not both")
-    lengths = _contexts(contexts or (SHAPE_CONTEXTS if shape else MODEL_CONTEXTS))
+    lengths = _contexts(
+        (SHAPE_CONTEXTS if shape else MODEL_CONTEXTS) if contexts is None else contexts
+    )
     settings = bench_run.Settings(
         contexts=lengths,
         rounds=rounds,

@@ -116,11 +116,20 @@ def load_model(name: str | None, *, dtype: str = "auto", device: str = "auto") -
     where = source.reference
     try:
         config = AutoConfig.from_pretrained(where)
-        model = _auto_class(config, source.name).from_pretrained(where, dtype=torch_dtype)
+        model, found = _auto_class(config, source.name).from_pretrained(
+            where, dtype=torch_dtype, output_loading_info=True
+        )
     except ModelError:
         raise
     except Exception as error:  # a damaged folder raises whatever its reader happens to trip over
         raise ModelError(_why_not_loaded(source, error)) from error
+    if missing := sorted(found["missing_keys"]):
+        # transformers fills them with random numbers: fluent nonsense, without an error.
+        raise ModelError(
+            f"{source.name} has no weights for {len(missing)} parameters of a "
+            f"{config.model_type!r} model, {missing[0]!r} among them; config.json and the weights "
+            "do not belong together."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:

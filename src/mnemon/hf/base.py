@@ -110,18 +110,8 @@ class CacheFacade(_TransformersCache, ABC):
         layer = self._token_layer(layer_idx)
         if layer is None:
             return query_length, 0
-        if torch.compiler.is_compiling() and not all(
-            layer.has_room(query_length) for layer in self.layers
-        ):
-            self._reserve(query_length)
         sizes: tuple[int, int] = layer.mask_sizes(query_length)
         return sizes
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _reserve(self, num_new: int) -> None:
-        """All layers grow at once, before the graph: one break instead of two for every layer."""
-        for layer in self.layers:
-            layer.reserve(num_new)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens that can be held; -1 without a bound (the contract of transformers 5.13+)."""

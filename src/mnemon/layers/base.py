@@ -84,13 +84,6 @@ class CacheLayer(ABC):
         """`num_tokens`, or the counter on the device while a graph is being compiled."""
         return self.num_tokens
 
-    def has_room(self, num_new: int) -> bool:
-        """Whether the next `num_new` tokens go into memory that is there."""
-        return True
-
-    def reserve(self, num_new: int) -> None:  # noqa: B027  (most layers have room or are fixed)
-        """Obtain memory for `num_new` more tokens now instead of in the middle of a graph."""
-
     @property
     def max_length(self) -> int:
         """Tokens the layer can hold; -1 without a bound."""

@@ -125,13 +125,6 @@ class HybridLayer(CacheLayer):
     def is_croppable(self) -> bool:
         return all(part.is_croppable for part in self.parts)
 
-    def has_room(self, num_new: int) -> bool:
-        return all(part.has_room(num_new) for part in self.parts)
-
-    def reserve(self, num_new: int) -> None:
-        for part in self.parts:
-            part.reserve(num_new)
-
     def mask_sizes(self, num_new: int) -> MaskSizes:
         return self.attention.mask_sizes(num_new)
 

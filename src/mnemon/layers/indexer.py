@@ -59,12 +59,6 @@ class IndexerLayer(CacheLayer):
     def num_stored(self) -> int:
         return len(self._buffer)
 
-    def has_room(self, num_new: int) -> bool:
-        return self._buffer.has_room(num_new)
-
-    def reserve(self, num_new: int) -> None:
-        self._buffer.reserve(num_new)
-
     def mask_sizes(self, num_new: int) -> MaskSizes:
         return self._buffer.reading_length(num_new), 0
 

@@ -59,12 +59,6 @@ class StaticBuffer:
     def promote(self, dtype: torch.dtype) -> None:
         """Nothing: `check_dtype` refused another dtype, because the address cannot change."""
 
-    def has_room(self, num_new: int) -> bool:
-        return True
-
-    def reserve(self, num_new: int) -> None:
-        """Nothing: the memory is fixed."""
-
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise `CacheError` unless `dtype` is the one that is held."""
         data = None if self._idle else self._data

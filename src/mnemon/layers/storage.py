@@ -43,6 +43,7 @@ class _Storage:
         "capacity",
         "data",
         "dtype",
+        "forked",
         "lead",
         "mapping",
         "tip",
@@ -67,6 +68,7 @@ class _Storage:
         self.tip = tip
         self.mapping = mapping
         self.borrowed = borrowed
+        self.forked = False  # ever had two users; a compiled graph cannot count them
         self.users: weakref.WeakSet[TokenBuffer] = weakref.WeakSet()
         self.born = 0 if mapping is None else _num_tensors(data)
 
@@ -133,18 +135,6 @@ class TokenBuffer:
         else:
             self._adopt(live.to(promoted), reserve=not self._exact)
 
-    def has_room(self, num_new: int) -> bool:
-        """Whether `append` of `num_new` needs no other memory."""
-        storage = self._storage
-        return storage is None or (
-            storage.tip == self._end and self._end + num_new <= storage.capacity
-        )
-
-    def reserve(self, num_new: int) -> None:
-        """Obtain the memory that `append` of `num_new` needs."""
-        if not self.has_room(num_new):
-            self._make_room(num_new)
-
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Nothing: this buffer promotes."""
 
@@ -191,8 +181,14 @@ class TokenBuffer:
         data, num_new = storage.data, new.shape[-2]
         if torch.is_grad_enabled() and (new.requires_grad or data.requires_grad):
             return self._append_functional(new)
-        if end + num_new > storage.capacity or storage.tip != end:
-            storage = self._make_room(num_new)
+        # Nobody else writes to memory that is all ours, so the tip is the end: not asking keeps
+        # an equation between two lengths out of compiled graphs.
+        is_tip = not (storage.forked or storage.borrowed) or storage.tip == end
+        if end + num_new > storage.capacity or not is_tip:
+            if torch.compiler.is_compiling() and not storage.forked:
+                self._make_room_in_graph(storage, num_new)
+            else:
+                storage = self._make_room(num_new)
             data, end = storage.data, self._end
         data.narrow(-2, end, num_new).copy_(new)
         storage.tip = self._end = end + num_new
@@ -268,6 +264,7 @@ class TokenBuffer:
     def _use(self, storage: _Storage, start: int, end: int) -> None:
         if self._storage is not None:
             self._storage.users.discard(self)
+        storage.forked = storage.forked or len(storage.users) > 0
         storage.users.add(self)
         self._storage, self._start, self._end = storage, start, end
 
@@ -300,6 +297,18 @@ class TokenBuffer:
         fresh.tip = live
         self._use(fresh, 0, live)
         return fresh
+
+    def _make_room_in_graph(self, storage: _Storage, num_new: int) -> None:
+        """The same for a compiled graph: plain torch, the storage object stays, no graph break."""
+        view = self.live()
+        assert view is not None
+        live = view.shape[-2]
+        capacity = _capacity(live + num_new, view.device, self._exact)
+        data = view.new_empty([*view.shape[:-2], capacity, view.shape[-1]])
+        data.narrow(-2, 0, live).copy_(view)
+        storage.data, storage.capacity, storage.tip = data, capacity, live
+        storage.mapping, storage.born, storage.borrowed = None, 0, False
+        self._start, self._end = 0, live
 
     def _owns_memory(self, view: torch.Tensor) -> bool:
         """Whether nobody else can read the old pages, so that they can go while we copy."""

@@ -62,13 +62,6 @@ class TokenLayer(CacheLayer):
     def num_stored(self) -> int:
         return len(self._keys)
 
-    def has_room(self, num_new: int) -> bool:
-        return self._keys.has_room(num_new) and self._values.has_room(num_new)
-
-    def reserve(self, num_new: int) -> None:
-        self._keys.reserve(num_new)
-        self._values.reserve(num_new)
-
     def mask_sizes(self, num_new: int) -> MaskSizes:
         return self._keys.reading_length(num_new), self._dropped
 

@@ -115,13 +115,6 @@ class WindowLayer(CacheLayer):
     def max_length(self) -> int:
         return self.window
 
-    def has_room(self, num_new: int) -> bool:
-        return self._keys.has_room(num_new) and self._values.has_room(num_new)
-
-    def reserve(self, num_new: int) -> None:
-        self._keys.reserve(num_new)
-        self._values.reserve(num_new)
-
     def mask_sizes(self, num_new: int) -> MaskSizes:
         past = min(len(self._keys), self.window - 1)
         return past + num_new, self._seen - past
