@@ -54,23 +54,32 @@ def static(model: PreTrainedModel, backend: str, steps: int = 30) -> dict[str, o
     }
 
 
-def growing(model: PreTrainedModel, recipe: str, steps: int) -> dict[str, object]:
+def growing(
+    model: PreTrainedModel, recipe: str, steps: int, backend: str = "eager"
+) -> dict[str, object]:
     """A cache that grows under ``torch.compile``."""
     expected, _ = decode(model, model, mnemon.Cache(model.config, recipe), steps)
     torch._dynamo.reset()
     counters.clear()
-    forward = torch.compile(model, backend="eager")
+    forward = torch.compile(model, fullgraph=True, backend=backend)
     cache = mnemon.Cache(model.config, recipe)
     tokens, graphs = decode(model, forward, cache, steps)
+    length = cache.get_seq_length()
     # A compile id is "frame/times": times > 0 is the same code compiled again.
     ids = [str(one.compile_id) for one in torch._dynamo.utils.get_compilation_metrics()]
     again = [one for one in ids if not one.endswith("/0")]
+    with torch.no_grad():  # and it goes on without the graph, forks included
+        fork = cache.fork()
+        model(prompt(3), past_key_values=cache)
+        loose = torch.compile(model, backend=backend)  # the copy of a fork breaks the graph
+        loose(prompt(1), past_key_values=fork)
+    assert (cache.get_seq_length(), fork.get_seq_length()) == (13 + steps, 11 + steps)
     return {
         "same": tokens == expected,
         "graphs": graphs[-1],
         "recompilations": len(again),
         "ids": ids,
-        "length": cache.get_seq_length(),
+        "length": length,
     }
 
 
@@ -81,6 +90,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, object]]] = {
     "jamba": lambda: static(jamba(), "eager"),
     "growing": lambda: growing(llama(), "", 340),
     "growing-twice": lambda: growing(llama(), "", 720),
+    "growing-inductor": lambda: growing(llama(), "", 340, "inductor"),
     "growing-window": lambda: growing(mistral(window=16), "", 120),
 }
 

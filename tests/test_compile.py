@@ -49,11 +49,12 @@ def test_static_caches_compile_into_one_graph(name: str) -> None:
     [
         ("growing", 340),
         pytest.param("growing-twice", 720, marks=pytest.mark.slow),
+        pytest.param("growing-inductor", 340, marks=pytest.mark.slow),
         pytest.param("growing-window", 120, marks=pytest.mark.slow),
     ],
 )
 def test_growing_caches_recompile_at_most_log2_of_their_length_times(name: str, steps: int) -> None:
-    """Layers obtain memory together, outside the graph: not one graph break for every buffer."""
+    """Memory is obtained inside the graph: ``fullgraph=True`` across growth, too."""
     result = scenario(name)
     assert result["same"]
     length, graphs, again = result["length"], result["graphs"], result["recompilations"]

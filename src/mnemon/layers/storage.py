@@ -181,9 +181,11 @@ class TokenBuffer:
         data, num_new = storage.data, new.shape[-2]
         if torch.is_grad_enabled() and (new.requires_grad or data.requires_grad):
             return self._append_functional(new)
-        # Nobody else writes to memory that is all ours, so the tip is the end: not asking keeps
-        # an equation between two lengths out of compiled graphs.
-        is_tip = not (storage.forked or storage.borrowed) or storage.tip == end
+        # Nobody else writes to memory that is all ours: its tip is our end. A graph must not ask
+        # for the tip: torch's code generation stumbles over an equation between two lengths.
+        is_tip = not (storage.forked or storage.borrowed) or (
+            storage.tip == end and not torch.compiler.is_compiling()
+        )
         if end + num_new > storage.capacity or not is_tip:
             if torch.compiler.is_compiling() and not storage.forked:
                 self._make_room_in_graph(storage, num_new)
@@ -304,7 +306,8 @@ class TokenBuffer:
         assert view is not None
         live = view.shape[-2]
         capacity = _capacity(live + num_new, view.device, self._exact)
-        data = view.new_empty([*view.shape[:-2], capacity, view.shape[-1]])
+        with torch.inference_mode(False):
+            data = view.new_empty([*view.shape[:-2], capacity, view.shape[-1]])
         data.narrow(-2, 0, live).copy_(view)
         storage.data, storage.capacity, storage.tip = data, capacity, live
         storage.mapping, storage.born, storage.borrowed = None, 0, False
