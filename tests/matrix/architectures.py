@@ -247,7 +247,9 @@ def _t5gemma() -> tuple[Any, MakeInputs]:
     config = CONFIG_MAPPING["t5gemma"](
         encoder=dict(half), decoder=dict(half), vocab_size=VOCABULARY, eos_token_id=None
     )
-    return finish(class_for("t5gemma", "T5GemmaForConditionalGeneration")(config), sequence_inputs)
+    model = class_for("t5gemma", "T5GemmaForConditionalGeneration")(config)
+    # Multiplied by sqrt(hidden_size) in the model, like all Gemmas' embeddings.
+    return finish(model, sequence_inputs, embedding_std=0.3)
 
 
 _add("t5gemma", "encoder-decoder", _t5gemma)

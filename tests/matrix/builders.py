@@ -138,7 +138,9 @@ def tiny_config(model_type: str, **fields: Any) -> Any:
     return config_class(**{**values, **fields})
 
 
-def set_weights(model: Any, seed: int = 0, gain: float = 1.6) -> None:
+def set_weights(
+    model: Any, embedding_std: float | None = None, seed: int = 0, gain: float = 1.6
+) -> None:
     """Fill matrices and embeddings with normal numbers that make attention matter.
 
     Matrices get a standard deviation of `gain / sqrt(fan_in)`, which keeps the attention sharp and
@@ -149,7 +151,8 @@ def set_weights(model: Any, seed: int = 0, gain: float = 1.6) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Sinusoidal positions have a large constant part, which the token must stand out from.
     has_positions = model.config.is_encoder_decoder or getattr(model.config, "is_decoder", False)
-    embedding_std = 1.0 if has_positions else 0.3
+    if embedding_std is None:
+        embedding_std = 1.0 if has_positions else 0.3
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
@@ -300,9 +303,11 @@ def untie(model: Any) -> None:
             module.weight = nn.Parameter(module.weight.detach().clone())
 
 
-def finish(model: Any, make_inputs: MakeInputs) -> tuple[Any, MakeInputs]:
+def finish(
+    model: Any, make_inputs: MakeInputs, embedding_std: float | None = None
+) -> tuple[Any, MakeInputs]:
     """Weights, eval mode, no end of text."""
     untie(model)
-    set_weights(model)
+    set_weights(model, embedding_std)
     disable_end_of_text(model)
     return model.eval(), make_inputs
