@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.mnemon-ready
 # What the test suite and the demo may use at most; more threads than cores only slow them down.
 THREADS ?= 2
+# One row of the matrix stays on one worker, so that its model is built once; naming tests/matrix
+# first lets its conftest print the table.
+WORKERS = -n $(THREADS) --dist loadgroup
 
 .PHONY: setup demo test test-all lint types imports check clean
 
@@ -18,10 +21,10 @@ demo: setup
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/mnemon demo --out report
 
 test: setup
-	$(BIN)/python -m pytest -n $(THREADS) -m "not matrix and not slow" tests
+	$(BIN)/python -m pytest $(WORKERS) -m "not matrix and not slow" tests/matrix tests
 
 test-all: setup
-	$(BIN)/python -m pytest -n $(THREADS) tests
+	$(BIN)/python -m pytest $(WORKERS) tests/matrix tests
 
 lint: setup
 	$(BIN)/ruff check .
