@@ -1,0 +1,160 @@
+"""Arguments and ways of calling: what a cache, `forward` and `generate` take."""
+
+from mnemon.names.model import Kind, Message, Name
+
+__all__ = ["CALLS"]
+
+CALLS = (
+    Name(
+        key="cache_kwargs",
+        spelling="cache.update(keys, values, layer_idx, cache_kwargs)",
+        kind=Kind.ARGUMENT,
+        owner="Cache.update",
+        lived=(("4.36", "5.3"),),
+        modern="cache.update(keys, values, layer_idx)",
+        meaning='A dict with "sin", "cos" and "cache_position". Caches count for themselves '
+        "today and rotate nothing.",
+        silent="Since 5.4 `update` takes any further arguments and ignores them.",
+        evidence=("Cache.update(cache_kwargs)",),
+    ),
+    Name(
+        key="cache_position",
+        spelling="cache.get_mask_sizes(cache_position, layer_idx)",
+        kind=Kind.ARGUMENT,
+        owner="Cache.get_mask_sizes",
+        lived=(("4.53", "5.3"),),
+        modern="cache.get_mask_sizes(query_length, layer_idx)",
+        meaning="A tensor with the positions of the new tokens; since 5.4 their number, an int.",
+        silent="Since 5.4 a tensor is taken as the number: the first size comes back as a tensor "
+        "with wrong numbers.",
+        evidence=("Cache.get_mask_sizes(cache_position)",),
+    ),
+    Name(
+        key="lazy_initialization",
+        spelling="layer.lazy_initialization(keys)",
+        kind=Kind.ARGUMENT,
+        owner="DynamicLayer, StaticLayer",
+        lived=(("4.56", "4.57"),),
+        modern="layer.lazy_initialization(keys, values)",
+        meaning="Allocates a layer after the shapes of the first update; values may be of "
+        "another width.",
+        messages=(
+            Message(
+                text="lazy_initialization() missing 1 required positional argument: 'value_states'",
+                cure="Pass the values as well.",
+            ),
+        ),
+    ),
+    Name(
+        key="static_cache_arguments",
+        spelling="StaticCache(config, max_batch_size, max_cache_len, device, dtype)",
+        kind=Kind.ARGUMENT,
+        owner="StaticCache",
+        lived=(("4.38", "4.55"),),
+        modern="StaticCache(config=config, max_cache_len=n)",
+        meaning="Batch, device and dtype are learned from the first update since 4.56.",
+        silent="Since 4.56 the second positional argument is `max_cache_len`: "
+        "`StaticCache(config, 1, 2048)` makes a cache of ONE token with offloading on.",
+        messages=(
+            Message(
+                text="StaticCache.__init__() missing 1 required positional argument: "
+                "'max_cache_len'",
+                cure="Name the arguments: `StaticCache(config=config, max_cache_len=n)`.",
+            ),
+        ),
+        evidence=("StaticCache.__init__(max_batch_size)", "StaticCache.__init__(args)"),
+    ),
+    Name(
+        key="num_hidden_layers",
+        spelling="DynamicCache(num_hidden_layers=n)",
+        kind=Kind.ARGUMENT,
+        owner="DynamicCache",
+        lived=(("4.45", "4.49"),),
+        modern="DynamicCache(config=config)",
+        meaning="The number of layers; they are made from the config, or as they are met.",
+        messages=(
+            Message(
+                text="DynamicCache.__init__() got an unexpected keyword argument "
+                "'num_hidden_layers'",
+                cure="Write `DynamicCache()` or `DynamicCache(config=config)`.",
+            ),
+        ),
+        evidence=("DynamicCache.__init__(num_hidden_layers)",),
+    ),
+    Name(
+        key="tuple_to_forward",
+        spelling="model(ids, past_key_values=((k, v), ...))",
+        kind=Kind.FORM,
+        owner="models of the tuple days: GPT-2, BART, T5, Bloom and others",
+        lived=(("4.36", "4.57"),),
+        modern="model(ids, past_key_values=DynamicCache(past))",
+        meaning="A tuple with (keys, values) of every layer, or with four tensors for "
+        "encoder-decoder models. It went model by model: Llama and Mistral took it until 4.47, "
+        "Bloom, Falcon, GPT-Neo and T5 until 4.53, GPT-2 and BART until 4.57.",
+        messages=(
+            Message(
+                text="'tuple' object has no attribute 'get_seq_length'",
+                cure="Wrap it: `DynamicCache(past)` (5.0 and later), "
+                "`DynamicCache.from_legacy_cache(past)` (4.x), or "
+                "`mnemon.Cache.from_legacy(past)` (any).",
+            ),
+        ),
+    ),
+    Name(
+        key="tuple_to_generate",
+        spelling="model.generate(ids, past_key_values=((k, v), ...))",
+        kind=Kind.FORM,
+        owner="GenerationMixin.generate",
+        lived=(("4.36", "4.57"),),
+        modern="model.generate(ids, past_key_values=DynamicCache(past))",
+        meaning="The same tuple, given to generate.",
+        messages=(
+            Message(
+                text="Passing a tuple of `past_key_values` is not supported anymore. Please use a "
+                "`Cache` instance.",
+                cure="Wrap it: `DynamicCache(past)`, or `mnemon.Cache.from_legacy(past)`.",
+            ),
+            Message(
+                text="Passing a tuple of `past_key_values` is deprecated and will be removed in "
+                "Transformers v4.58.0. You should pass an instance of `Cache` instead.",
+                cure="The warning of 4.57; the cure is the same.",
+            ),
+        ),
+    ),
+    Name(
+        key="return_legacy_cache",
+        spelling="model.generate(ids, return_legacy_cache=True)",
+        kind=Kind.ARGUMENT,
+        owner="GenerationMixin.generate",
+        lived=(("4.42", "4.57"),),
+        modern="tuple((layer.keys, layer.values) for layer in out.past_key_values.layers)",
+        meaning="Asked generate for a tuple in place of the cache.",
+        messages=(
+            Message(
+                text="The following `model_kwargs` are not used by the model: "
+                "['return_legacy_cache'] (note: typos in the generate arguments will also show up "
+                "in this list)",
+                cure="Drop it, and read `out.past_key_values` as a cache.",
+            ),
+        ),
+        evidence=("generation/utils.py:return_legacy_cache",),
+    ),
+    Name(
+        key="is_torch_fx_available",
+        spelling="from transformers.utils import is_torch_fx_available",
+        kind=Kind.FORM,
+        owner="transformers.utils",
+        lived=(("4.36", "4.57"),),
+        modern="True",
+        meaning="No part of the cache API, but in every remote-code file of its days: DeepSeek-V2, "
+        "MiniCPM and others fail on this import before they reach the cache.",
+        messages=(
+            Message(
+                text="cannot import name 'is_torch_fx_available' from "
+                "'transformers.utils.import_utils'",
+                cure="Drop the import and what it guards (torch.fx is part of every torch).",
+            ),
+        ),
+        evidence=("utils/__init__.py:is_torch_fx_available",),
+    ),
+)
