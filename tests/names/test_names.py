@@ -17,6 +17,7 @@ from transformers import (
     EncoderDecoderCache,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     StaticCache,
 )
 
@@ -29,6 +30,7 @@ CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2,
 )  # fmt: skip
+EAGER = LlamaConfig(num_hidden_layers=1, attn_implementation="eager")
 STATES = torch.zeros(1, 2, 3, 8)
 PAST = tuple((STATES, STATES) for _ in range(2))
 IDS = torch.tensor([[3, 4, 5, 6]])
@@ -43,6 +45,12 @@ def dynamic() -> Any:
 
 def llama() -> Any:
     return LlamaForCausalLM(CONFIG).eval()
+
+
+class Bare(PreTrainedModel):
+    """What old remote code looks like: it expects `generate` from its base."""
+
+    config_class = LlamaConfig
 
 
 def importing(name: str, module: str = "transformers.cache_utils") -> Callable[[], Any]:
@@ -79,6 +87,8 @@ USES: dict[str, list[Callable[[], Any]]] = {
     "to_legacy_cache": [lambda: dynamic().to_legacy_cache()],
     "batch_split": [lambda: dynamic().batch_split(1, 1)],
     "lazy_initialization": [lambda: dynamic().layers[0].lazy_initialization(STATES)],
+    "activate_past_recording": [lambda: dynamic().activate_past_recording()],
+    "GenerationMixin": [lambda: Bare(EAGER).generate(IDS)],
     "num_hidden_layers": [lambda: DynamicCache(num_hidden_layers=2)],  # type: ignore[call-arg]
     "tuple_to_generate": [lambda: llama().generate(IDS, past_key_values=PAST, max_new_tokens=1)],
     "return_legacy_cache": [
@@ -95,9 +105,15 @@ USES: dict[str, list[Callable[[], Any]]] = {
     # One was never at the top level; the other left cache_utils before it left.
     "OffloadedHybridCache": [importing("OffloadedHybridCache")],
     "MambaCache": [importing("MambaCache", "transformers")],
+    # Back in one place only.
+    "SlidingWindowCache": [importing("SlidingWindowCache")],
 }
-NOT_RUN = {"max_batch_size", "crop_zero", "cache_kwargs", "cache_position", "SlidingWindowCache"}
-NOT_RUN |= {"static_cache_arguments", "tuple_to_forward"}  # tests of their own, below
+NOT_RUN = {"max_batch_size", "crop_zero", "cache_kwargs", "cache_position"}
+NOT_RUN |= {
+    "static_cache_arguments",
+    "tuple_to_forward",
+    "past_key_value",
+}  # tests of their own, below
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -120,10 +136,12 @@ def test_every_name_is_run() -> None:
 
 def test_a_tuple_given_to_forward() -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
-    [message] = lookup("tuple_to_forward").messages
+    in_tuple, in_list = lookup("tuple_to_forward").messages[:2]
     for model in (llama(), bloom):
-        with pytest.raises(AttributeError, match=message.text):
+        with pytest.raises(AttributeError, match=in_tuple.text):
             model(IDS, past_key_values=PAST)
+        with pytest.raises(AttributeError, match=in_list.text):
+            model(IDS, past_key_values=list(PAST))
 
 
 def test_static_cache_arguments() -> None:
@@ -156,6 +174,16 @@ def test_what_goes_wrong_silently() -> None:
             _ = static.max_batch_size
         static.update(STATES, STATES, 0)
         assert static.layers[0].batch_size == 1
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_value.:FutureWarning")
+def test_the_singular_is_ignored() -> None:
+    model, cache = llama(), DynamicCache()
+    states = torch.zeros(1, 3, 32)
+    rotation = model.model.rotary_emb(states, torch.arange(3)[None])
+    model.model.layers[0](states, position_embeddings=rotation, past_key_value=cache)
+    there = lookup("past_key_value").there_in(HERE)
+    assert cache.get_seq_length() == (3 if there else 0)
 
 
 def test_modern_spellings_run() -> None:

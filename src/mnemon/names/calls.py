@@ -27,6 +27,24 @@ CALLS = (
         meaning="A tensor with the positions of the new tokens; since 5.4 their number, an int.",
         silent="Since 5.4 a tensor is taken as the number: the first size comes back as a tensor "
         "with wrong numbers.",
+        messages=(
+            Message(
+                text="The remote code model you are currently using seems to expect "
+                "`cache_position`. This arg has been removed from the Transformers library, and "
+                "will stop being created in `generate` even for remote code models in a future "
+                "release. Please open a PR on the remote code hub repo to remove any usage of "
+                "`cache_position`.",
+                cure="Harmless until then. In your own code, count from "
+                "`past_key_values.get_seq_length()`.",
+                source="generation/utils.py",
+            ),
+            Message(
+                text="`cache_position` must be provided for SlidingWindowCache.",
+                cure='Up to 4.53 `update` wanted `{"cache_position": positions}`; later ones do '
+                "not: move to 5.4 or later.",
+                source="cache_utils.py",
+            ),
+        ),
         evidence=("Cache.get_mask_sizes(cache_position)",),
     ),
     Name(
@@ -98,6 +116,37 @@ CALLS = (
                 "`DynamicCache.from_legacy_cache(past)` (4.x), or "
                 "`mnemon.Cache.from_legacy(past)` (any).",
             ),
+            Message(
+                text="'list' object has no attribute 'get_seq_length'",
+                cure="The same for a list.",
+            ),
+            Message(
+                text="We detected that you are passing `past_key_values` as a tuple and this is "
+                "deprecated and will be removed in v4.43. Please use an appropriate `Cache` class",
+                cure="The warning of 4.42 to 4.44; the cure is the same.",
+                source="models/llama/modeling_llama.py",
+            ),
+            Message(
+                text="We detected that you are passing `past_key_values` as a tuple of tuples. "
+                "This is deprecated and will be removed in v4.47. Please convert your cache or use "
+                "an appropriate `Cache` class",
+                cure="The warning of 4.45 to 4.47; the cure is the same.",
+                source="models/llama/modeling_llama.py",
+            ),
+            Message(
+                text="The `past_key_values` should be either a `Cache` object or `None`.",
+                cure="The error of 4.48 to 4.53; the cure is the same.",
+                source="models/llama/modeling_llama.py",
+            ),
+            Message(
+                text="Passing a tuple of `past_key_values` is deprecated and will be removed in "
+                "Transformers v4.58.0. You should pass an instance of `EncoderDecoderCache` "
+                "instead, e.g. `past_key_values=EncoderDecoderCache.from_legacy_cache("
+                "past_key_values)`.",
+                cure="The warning of 4.52 to 4.57; the method it names is gone in 5.0: "
+                "`mnemon.Cache.from_legacy(past)`.",
+                source="models/bart/modeling_bart.py",
+            ),
         ),
     ),
     Name(
@@ -113,11 +162,27 @@ CALLS = (
                 text="Passing a tuple of `past_key_values` is not supported anymore. Please use a "
                 "`Cache` instance.",
                 cure="Wrap it: `DynamicCache(past)`, or `mnemon.Cache.from_legacy(past)`.",
+                source="generation/utils.py",
             ),
             Message(
                 text="Passing a tuple of `past_key_values` is deprecated and will be removed in "
                 "Transformers v4.58.0. You should pass an instance of `Cache` instead.",
                 cure="The warning of 4.57; the cure is the same.",
+                source="generation/utils.py",
+            ),
+            Message(
+                text="... does not support an instance of `Cache` as `past_key_values`. Please "
+                "check the model documentation for supported cache formats.",
+                cure="The other way round, up to 4.53: that model still wanted a tuple. Move to a "
+                "later transformers.",
+                source="generation/utils.py",
+            ),
+            Message(
+                text="This model does not support `Cache` instances, it only supports the legacy "
+                "cache format (tuple of tuples). `cache_implementation` (set to ...) will be "
+                "ignored.",
+                cure="The same, as a warning, up to 4.56.",
+                source="generation/utils.py",
             ),
         ),
     ),
@@ -135,6 +200,14 @@ CALLS = (
                 "['return_legacy_cache'] (note: typos in the generate arguments will also show up "
                 "in this list)",
                 cure="Drop it, and read `out.past_key_values` as a cache.",
+            ),
+            Message(
+                text="From v4.47 onwards, when a model cache is to be returned, `generate` will "
+                "return a `Cache` instance instead by default (as opposed to the legacy tuple of "
+                "tuples format). If you want to keep returning the legacy format, please set "
+                "`return_legacy_cache=True`.",
+                cure="The warning of 4.45 to 4.48: leave the argument out, and read a cache.",
+                source="generation/utils.py",
             ),
         ),
         evidence=("generation/utils.py:return_legacy_cache",),
@@ -156,5 +229,46 @@ CALLS = (
             ),
         ),
         evidence=("utils/__init__.py:is_torch_fx_available",),
+    ),
+    Name(
+        key="past_key_value",
+        spelling="attention(hidden_states, past_key_value=cache)",
+        kind=Kind.ARGUMENT,
+        owner="forward of attention and decoder layers",
+        lived=(("4.36", "4.57"),),
+        modern="attention(hidden_states, past_key_values=cache)",
+        meaning="The singular, inside the models; 4.56 and 4.57 take both.",
+        silent="Since 5.0 most layers take any keyword and pass it on: a `past_key_value=` that "
+        "nobody reads leaves the cache empty, and only the speed tells.",
+        evidence=(
+            "models/llama/modeling_llama.py:past_key_value: Optional",
+            'models/llama/modeling_llama.py:"past_key_value"',
+        ),
+    ),
+    Name(
+        key="GenerationMixin",
+        spelling="class Model(PreTrainedModel) with generate()",
+        kind=Kind.FORM,
+        owner="PreTrainedModel",
+        lived=(("4.36", "4.51"),),
+        modern="class Model(PreTrainedModel, GenerationMixin)",
+        meaning="No part of the cache API, but in old remote code beside it: PreTrainedModel "
+        "brought `generate` until 4.51.",
+        messages=(
+            Message(
+                text="object has no attribute 'generate'",
+                cure="Derive the model from GenerationMixin too: "
+                "`from transformers import GenerationMixin`.",
+            ),
+            Message(
+                text="... has generative capabilities, as `prepare_inputs_for_generation` is "
+                "explicitly defined. However, it doesn't directly inherit from `GenerationMixin`.",
+                cure="The warning before that; the cure is the same.",
+                source="modeling_utils.py",
+            ),
+        ),
+        evidence=(
+            "modeling_utils.py:class PreTrainedModel(nn.Module, ModuleUtilsMixin, GenerationMixin",
+        ),
     ),
 )

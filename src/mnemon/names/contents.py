@@ -23,6 +23,7 @@ CONTENTS = (
                 text="`cache.key_cache[idx]` is deprecated and will be removed in v4.56.0. Use "
                 "`cache.layers[idx].keys` instead.",
                 cure="The warning of 4.54 and 4.55; the cure is the same.",
+                source="cache_utils.py",
             ),
         ),
         evidence=("DynamicCache.key_cache",),
@@ -39,6 +40,12 @@ CONTENTS = (
             Message(
                 text="'DynamicCache' object has no attribute 'value_cache'",
                 cure="Write `cache.layers[i].values`.",
+            ),
+            Message(
+                text="`cache.value_cache[idx]` is deprecated and will be removed in v4.56.0. Use "
+                "`cache.layers[idx].values` instead.",
+                cure="The warning of 4.54 and 4.55; the cure is the same.",
+                source="cache_utils.py",
             ),
         ),
         evidence=("DynamicCache.value_cache",),
@@ -62,6 +69,12 @@ CONTENTS = (
                 text="'EncoderDecoderCache' object is not subscriptable",
                 cure="Write `cache.self_attention_cache.layers[i].keys` and "
                 "`cache.cross_attention_cache.layers[i].keys`.",
+            ),
+            Message(
+                text="Cache only has ... layers, attempted to access layer with index ...",
+                cure="A DynamicCache made without a config has no layers before the first forward "
+                "(4.36 to 4.57): ask `cache.get_seq_length()`, which is 0 then.",
+                source="cache_utils.py",
             ),
         ),
         evidence=("DynamicCache.__getitem__",),
@@ -107,6 +120,11 @@ CONTENTS = (
             Message(
                 text="type object 'EncoderDecoderCache' has no attribute 'from_legacy_cache'",
                 cure="Write `mnemon.Cache.from_legacy(past)`, or build the two halves.",
+            ),
+            Message(
+                text="past_key_values should not be None in from_legacy_cache()",
+                cure="Write `DynamicCache()` for an empty cache.",
+                source="cache_utils.py",
             ),
         ),
         evidence=("DynamicCache.from_legacy_cache",),

@@ -24,6 +24,7 @@ LENGTHS = (
                 "the `cache_position` model input instead.",
                 cure="The warning of 4.38 to 4.53 names the wrong successor for most code: write "
                 "`cache.get_seq_length()`.",
+                source="cache_utils.py",
             ),
         ),
         evidence=("DynamicCache.seen_tokens",),
@@ -80,6 +81,14 @@ LENGTHS = (
                 cure="From 4.49 to 5.12 write `cache.get_max_cache_shape()`; since 5.13 "
                 "`cache.get_max_length()` is back, with -1 where it said None.",
             ),
+            Message(
+                text="`get_max_cache()` is deprecated for all Cache classes. Use "
+                "`get_max_cache_shape()` instead. Calling `get_max_cache()` will raise error from "
+                "v4.48",
+                cure="The warning of 4.46 to 4.48 (it means `get_max_length`); the cure is the "
+                "same.",
+                source="cache_utils.py",
+            ),
         ),
         evidence=("Cache.get_max_length",),
     ),
@@ -101,6 +110,12 @@ LENGTHS = (
                 text="'StaticCache' object has no attribute 'get_max_cache_shape'",
                 cure="Write `cache.get_max_length()` (5.13 and later).",
             ),
+            Message(
+                text="`get_max_cache_shape` is deprecated, and will be removed in version 5.16. "
+                "Please use `get_max_length` instead",
+                cure="The warning of 5.13 to 5.19; the cure is the same.",
+                source="cache_utils.py",
+            ),
         ),
         evidence=("Cache.get_max_cache_shape",),
     ),
@@ -116,6 +131,12 @@ LENGTHS = (
             Message(
                 text="'StaticCache' object has no attribute 'max_cache_len'",
                 cure="Write `cache.get_max_length()`, or `cache.layers[0].max_cache_len`.",
+            ),
+            Message(
+                text="`max_cache_len` is deprecated, and will be removed in version 5.16. Please "
+                "use `get_max_length()` instead",
+                cure="The warning of 5.13 to 5.19; the cure is the same.",
+                source="cache_utils.py",
             ),
         ),
         evidence=("StaticCache.max_cache_len",),
@@ -151,12 +172,14 @@ LENGTHS = (
                 text="Calling `crop` with a positive value (`...`) is not supported. Please use a "
                 "negative integer to remove that number of tokens from the cache instead.",
                 cure="Write `cache.crop(min(n - cache.get_seq_length(), 0))` to keep n tokens.",
+                source="cache_utils.py",
             ),
             Message(
                 text="Calling `crop` with a positive value is deprecated and will be removed in "
                 "version 5.18. Please use a negative integer to remove that number of tokens from "
                 "the cache instead.",
                 cure="The warning of 5.15 to 5.19; the cure is the same.",
+                source="cache_utils.py",
             ),
         ),
     ),
@@ -169,5 +192,37 @@ LENGTHS = (
         modern="cache.reset()",
         meaning="Emptied the cache up to 5.13; removes nothing since 5.14.",
         silent="Code that empties a cache with `crop(0)` keeps every token since 5.14.",
+    ),
+    Name(
+        key="activate_past_recording",
+        spelling="cache.activate_past_recording()",
+        kind=Kind.METHOD,
+        owner="Cache",
+        lived=(("5.14", None),),
+        modern="cache.activate_past_recording()",
+        meaning="Call it before the tokens that a later `crop` may take back: windows and "
+        "recurrent states then keep what going back needs. Before 5.14 they could not go back.",
+        messages=(
+            Message(
+                text="`crop` was called, but the current layer does not track past states, and "
+                "the sliding window size was already reached. Call `activate_past_recording` "
+                "before `crop` to be able to rollback the cache.",
+                cure="Call `cache.activate_past_recording()` before the forward passes that may "
+                "be taken back, or use mnemon.Cache, whose report says what can go back.",
+                source="cache_utils.py",
+            ),
+            Message(
+                text="Cannot `crop` a `DynamicSlidingWindowLayer` after it has seen more tokens "
+                "than itssliding window (otherwise some states are lost)",
+                cure="The message of 4.56 to 5.13 (sic): such a cache cannot go back; compute it "
+                "again, or move to 5.14.",
+                source="cache_utils.py",
+            ),
+            Message(
+                text="'DynamicCache' object has no attribute 'activate_past_recording'",
+                cure="New in 5.14; before it, leave the call out and do not crop windows.",
+            ),
+        ),
+        evidence=("Cache.activate_past_recording",),
     ),
 )

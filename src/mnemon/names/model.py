@@ -25,10 +25,12 @@ class Message:
     Args:
         text: as transformers (or Python) prints it; ``...`` stands for what differs each time.
         cure: what to change, in one or two sentences.
+        source: the file of transformers that prints it, in some release; empty for Python's own.
     """
 
     text: str
     cure: str
+    source: str = ""
 
 
 @final
