@@ -12,6 +12,7 @@ BUILTIN = {
     "FileError": OSError,
     "ModelError": ValueError,
     "PlanError": ValueError,
+    "MigrateError": ValueError,
     "ZooError": RuntimeError,
     "DependencyError": ImportError,
 }
@@ -23,6 +24,8 @@ PARENTS = {
         ["NotACacheFile", "UnsafeFile", "TruncatedFile", "DamagedFile", "NewerVersion"], "FileError"
     ),
     "WrongModel": "FileError",
+    "NotServed": "ModelError",
+    "VersionError": "DependencyError",
 }
 
 

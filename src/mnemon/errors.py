@@ -14,9 +14,12 @@ MnemonError
 │   ├── NewerVersion        written by a newer mnemon
 │   └── WrongModel          written for another model, other weights or another dtype
 ├── ModelError              a model or a config that cannot be loaded or served
+│   └── NotServed           in this version of transformers, the model takes its own cache only
 ├── PlanError               a config whose cache cannot be computed in advance
+├── MigrateError            code that cannot be migrated: a path, a target, a file
 ├── ZooError                the bundled model, its data or its training
-└── DependencyError         an optional package is missing; the message says what to install
+└── DependencyError         a package is missing; the message says what to install
+    └── VersionError        transformers is there, in a version that mnemon does not work with
 """
 
 __all__ = [
@@ -25,16 +28,19 @@ __all__ = [
     "DamagedFile",
     "DependencyError",
     "FileError",
+    "MigrateError",
     "MnemonError",
     "ModelError",
     "NewerVersion",
     "NotACacheFile",
+    "NotServed",
     "PlanError",
     "PrefixMismatch",
     "RecipeError",
     "TruncatedFile",
     "UnsafeFile",
     "UnsupportedVerb",
+    "VersionError",
     "WrongModel",
     "ZooError",
 ]
@@ -96,6 +102,10 @@ class ModelError(MnemonError, ValueError):
     """A model or a config cannot be loaded, or its cache cannot be built."""
 
 
+class NotServed(ModelError):
+    """In the installed version of transformers this model takes only a cache class of its own."""
+
+
 class PlanError(MnemonError, ValueError):
     """The bytes of a config's cache cannot be computed in advance."""
 
@@ -104,5 +114,13 @@ class ZooError(MnemonError, RuntimeError):
     """The bundled model, its data or its training failed."""
 
 
+class MigrateError(MnemonError, ValueError):
+    """Code cannot be migrated: a path that is not there, an unknown target, a damaged file."""
+
+
 class DependencyError(MnemonError, ImportError):
-    """An optional package is missing."""
+    """A package is missing."""
+
+
+class VersionError(DependencyError):
+    """transformers is installed in a version that mnemon does not work with."""

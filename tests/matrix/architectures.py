@@ -40,9 +40,13 @@ FULL, SLIDING, CHUNKED, LINEAR = (
 _ROWS: dict[str, Architecture] = {}
 
 
-def _add(name: str, family: str, build: Any, fast: bool = False) -> None:
+def _add(
+    name: str, family: str, build: Any, fast: bool = False, model_type: str | None = None
+) -> None:
     assert name not in _ROWS, name
-    _ROWS[name] = Architecture(name=name, family=family, build=build, fast=fast)
+    _ROWS[name] = Architecture(
+        name=name, family=family, build=build, fast=fast, model_type=model_type or name
+    )
 
 
 def _text(
@@ -64,7 +68,7 @@ def _text(
         make_inputs = sequence_inputs if config.is_encoder_decoder else text_inputs
         return finish(class_for(model_type, head)(config), make_inputs)
 
-    _add(name or model_type, family, build, fast)
+    _add(name or model_type, family, build, fast, model_type)
 
 
 # --- decoders that keep every key and value --------------------------------------------------
@@ -380,5 +384,10 @@ _image_text(
 
 
 def rows() -> dict[str, Architecture]:
-    """All rows by name, in the order of the table."""
-    return dict(_ROWS)
+    """The rows that the installed transformers has, by name, in the order of the table."""
+    return {name: row for name, row in _ROWS.items() if row.model_type in CONFIG_MAPPING}
+
+
+def missing() -> list[str]:
+    """Names of the rows that it does not have."""
+    return [name for name in _ROWS if name not in rows()]

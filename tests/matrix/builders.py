@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -120,18 +121,23 @@ class Architecture:
             speech or multimodal.
         build: makes the model in eval mode and the function that makes its inputs.
         fast: whether the row is in the subset that `make test` runs.
+        model_type: what transformers calls it.
     """
 
     name: str
     family: str
     build: Callable[[], tuple[Any, MakeInputs]]
     fast: bool = False
+    model_type: str = ""
 
 
 def tiny_config(model_type: str, **fields: Any) -> Any:
     """A config of `model_type`, every known size small; `fields` win over the table."""
     config_class = CONFIG_MAPPING[model_type]
-    known = {field.name for field in dataclasses.fields(config_class)}
+    if dataclasses.is_dataclass(config_class):
+        known = {field.name for field in dataclasses.fields(config_class)}
+    else:  # transformers 4
+        known = set(inspect.signature(config_class.__init__).parameters)
     # Another name for a field counts where the field's own name is not in the table.
     known |= {name for name, field in config_class.attribute_map.items() if field not in TINY}
     values = {name: value for name, value in TINY.items() if name in known}

@@ -95,19 +95,22 @@ class Call:
     def skip_cached(self, arguments: dict[str, Any], names: hf.Stream) -> None:
         """Take from the arguments of the first forward what is cached already.
 
-        `generate` slices the prompt itself, except when it drafts, and for recurrent models: there
-        it feeds the whole prompt again.
+        `generate` slices the prompt itself, except where `feeds_cached_again` says otherwise.
         """
         skip, self._num_to_skip = self._num_to_skip, 0
         ids = arguments.get(names.ids)
         if not skip or ids is None or ids.ndim != 2 or ids.shape[1] < self.prompt.num_given:
             return
+        if not hf.feeds_cached_again(names):
+            return
         num_fed = ids.shape[1]
-        sliced = [names.ids, names.positions, "token_type_ids", "mm_token_type_ids"]
-        for name in [*sliced, *([names.mask] if names.takes_own_mask else [])]:
+        for name in (names.ids, names.positions, "token_type_ids", "mm_token_type_ids"):
             value = arguments.get(name)
             if isinstance(value, torch.Tensor) and value.shape[-1] == num_fed:
                 arguments[name] = value[..., skip:]
+        mask = arguments.get(names.mask)
+        if names.takes_own_mask and isinstance(mask, torch.Tensor):
+            arguments[names.mask] = mask[..., mask.shape[-1] - (num_fed - skip) :]
 
     def name_unlogged(self, result: Any) -> None:
         """Name tokens that a compiled forward cached without writing them down.

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-from transformers import PreTrainedConfig
-
 from mnemon import layers as kinds
 from mnemon import recipe as recipes
 from mnemon.cache.plain import Cache
@@ -11,6 +9,7 @@ from mnemon.cache.state import CacheState
 from mnemon.errors import RecipeError
 from mnemon.hf.base import PairFacade
 from mnemon.hf.kinds import decoder_config, layer_specs
+from mnemon.hf.names import PreTrainedConfig
 from mnemon.layers.base import CacheLayer
 from mnemon.recipe import Recipe
 from mnemon.report import Report, report

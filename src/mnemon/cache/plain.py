@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any, NoReturn, Self, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mnemon import layers as kinds
 from mnemon import recipe as recipes
@@ -16,6 +16,7 @@ from mnemon.errors import CacheError
 from mnemon.hf.base import CacheFacade
 from mnemon.hf.fingerprint import fingerprint
 from mnemon.hf.kinds import is_encoder_decoder, layer_specs
+from mnemon.hf.names import PreTrainedConfig, removed_by
 from mnemon.layers.base import CacheLayer, row_index
 from mnemon.recipe import Recipe
 from mnemon.report import Report, report
@@ -192,17 +193,14 @@ class Cache(CacheFacade):
 
         Args:
             tokens_to_remove: ``-n`` removes n tokens; 0 removes none and drops what was recorded
-                for going back (transformers' convention).
+                for going back (transformers' convention). Up to transformers 5.18 a positive
+                number is the final size, as it is for that release's own caches.
 
         Raises:
             CacheError: a positive number, or a layer that cannot go back so far.
         """
-        if tokens_to_remove > 0:
-            raise CacheError(
-                f"crop takes minus the number of tokens to remove, e.g. crop(-3); got "
-                f"{tokens_to_remove}. For a final size of n: crop(n - cache.num_tokens)."
-            )
-        count = -tokens_to_remove
+        # Some releases of transformers compute the number on the device.
+        count = removed_by(int(tokens_to_remove), self.num_tokens)
         if count > self.num_tokens:
             raise CacheError(f"Cannot remove {count} tokens: the cache holds {self.num_tokens}.")
         left = self.num_tokens - count
@@ -441,6 +439,50 @@ class Cache(CacheFacade):
         self.content_key = state.meta.get("content_key")
         prefilled = state.meta.get("prefilled")
         self.prefilled = None if prefilled is None else Prefilled(**prefilled)
+
+    @classmethod
+    def from_legacy(
+        cls,
+        past: Iterable[Sequence[Any]],
+        config: PreTrainedConfig | None = None,
+        recipe: str | Recipe = "",
+        *,
+        num_tokens: int | None = None,
+    ) -> "Cache":
+        """A cache from the old form: a tuple with one entry per layer.
+
+        The tensors are borrowed, not copied, until the first append (``static(n)`` copies).
+
+        Args:
+            past: per layer ``(keys, values)``, each ``[batch, kv_heads, tokens, width]``; with an
+                encoder ``(keys, values, cross keys, cross values)``. With a config also Bloom's
+                ``[batch * heads, width, tokens]`` and ``[batch * heads, tokens, width]``.
+            config: the model's config: layers then take their kind (windows, shared layers) from
+                it and are checked against it. None: every layer keeps every token.
+            recipe: as for `Cache`.
+            num_tokens: tokens seen, where every layer keeps a window only and the tuple may be
+                what is left of more.
+
+        Raises:
+            CacheError: another layout, layers that contradict each other or the config, or a model
+                that keeps states, which the old form has no place for.
+        """
+        from mnemon.cache.legacy_form import from_tuples  # it derives pairs from this class
+
+        return from_tuples(past, config, recipe, num_tokens)
+
+    def to_legacy(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """The old form: ``(keys, values)`` per layer, four tensors with an encoder; views.
+
+        A window layer gives what it stores; layers that keep nothing are left out; an empty cache
+        gives ``()``.
+
+        Raises:
+            CacheError: a layer that keeps more than keys and values.
+        """
+        from mnemon.cache.legacy_form import to_tuples
+
+        return to_tuples(self)
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> None:
         """Write the cache to a safetensors file, atomically (see `mnemon.files.save_cache`)."""

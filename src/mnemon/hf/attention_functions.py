@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.output_capturing import _active_collector
 
 from mnemon.attention.dispatch import FEW_ROWS, attend
 from mnemon.attention.grouped import fused_attention, spread_attention
 from mnemon.errors import ModelError
 from mnemon.hf.eager import eager_function
 from mnemon.hf.masks import ATTENTION_NAME, EAGER_NAME, register_masks
+from mnemon.hf.versions import current
 
 __all__ = ["attention_forward", "eager_attention_forward", "register"]
 
@@ -139,6 +139,7 @@ def eager_attention_forward(
         or dropout
         or scaling is None
         or _weights_wanted(kwargs)
+        or kwargs.get("head_mask") is not None
         or not _foldable(query, key, attention_mask)
     ):
         own = eager_function(module)
@@ -241,8 +242,7 @@ def _weights_wanted(kwargs: dict[str, Any]) -> bool:
     """
     if kwargs.get("output_attentions"):
         return True
-    collected = _active_collector.get()
-    return bool(collected) and any("attentions" in name for name in collected)
+    return current.collects_attentions()
 
 
 def _foldable(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:

@@ -4,26 +4,22 @@ from abc import ABC
 from typing import Any
 
 import torch
-import transformers
-from transformers.cache_utils import Cache as _TransformersCache
-from transformers.cache_utils import EncoderDecoderCache as _TransformersEncoderDecoderCache
 
 from mnemon.errors import CacheError
+from mnemon.hf.versions import current
 
-__all__ = ["CacheFacade", "PairFacade", "transformers_version"]
+__all__ = ["CacheFacade", "PairFacade"]
 
 
-class CacheFacade(_TransformersCache, ABC):
-    """A real ``transformers.Cache`` whose layers follow mnemon's contract.
-
-    Subclasses set `layers` (a list of `mnemon.layers.CacheLayer`) and carry out the verbs.
-    """
+class _Verbs(current.CacheBase, ABC):
+    """What transformers 5.23 calls; older releases see it through their `Calls`."""
 
     layers: list[Any]
 
     def _init_facade(self, layers: list[Any]) -> None:
         """Give transformers' base class its layers; it annotates them as its own."""
-        _TransformersCache.__init__(self, layers=layers)
+        current.prepare_layers(layers)
+        current.CacheBase.__init__(self, layers=layers)
 
     # -- what a forward pass calls ---------------------------------------------------------------
 
@@ -187,16 +183,19 @@ class CacheFacade(_TransformersCache, ABC):
         """Nothing: see `offload`."""
 
 
-class PairFacade(_TransformersEncoderDecoderCache):
+class CacheFacade(current.Calls, _Verbs, ABC):
+    """A real ``transformers.Cache`` whose layers follow mnemon's contract.
+
+    Subclasses set `layers` (a list of `mnemon.layers.CacheLayer`) and carry out the verbs.
+    """
+
+
+class PairFacade(current.PairBase):
     """What makes a pair of caches a real ``transformers.EncoderDecoderCache``."""
 
     self_attention_cache: Any
     cross_attention_cache: Any
 
     def _init_pair(self, decoder: CacheFacade, cross: CacheFacade) -> None:
-        _TransformersEncoderDecoderCache.__init__(self, decoder, cross)
+        current.PairBase.__init__(self, decoder, cross)
 
-
-def transformers_version() -> str:
-    """The version of transformers in use."""
-    return str(transformers.__version__)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mnemon.attention.dispatch import attend
 
-__all__ = ["disagreement", "eager_function", "interface_code"]
+__all__ = ["disagreement", "eager_function", "interface_code", "passed_options"]
 
 _OPTIONS = ("softcap", "s_aux", "position_bias")
 
@@ -26,6 +26,13 @@ def interface_code(module: nn.Module) -> Any | None:
     if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
         return None
     return code
+
+
+def passed_options(module: nn.Module) -> set[Any]:
+    """Names that a module's forward passes by keyword, among other constants."""
+    code = interface_code(module)
+    constants = () if code is None else code.co_consts
+    return {name for const in constants if isinstance(const, tuple) for name in const}
 
 
 def eager_function(module: nn.Module) -> Callable[..., Any] | None:
@@ -49,9 +56,7 @@ def disagreement(module: nn.Module) -> str | None:
     own = eager_function(module)
     if own is None:
         return "its own attention function was not found"
-    code = interface_code(module)
-    assert code is not None, "eager_function found it through the same code"
-    passed = {name for const in code.co_consts if isinstance(const, tuple) for name in const}
+    passed = passed_options(module)
     sinks = getattr(module, "sinks", None)
     group = int(getattr(module, "num_key_value_groups", 1) or 1)
     num_heads = sinks.numel() if isinstance(sinks, Tensor) else 2 * group

@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mnemon.errors import CacheError
 from mnemon.hf.attention_functions import register
-from mnemon.hf.eager import disagreement, interface_code
+from mnemon.hf.eager import disagreement, interface_code, passed_options
 from mnemon.hf.masks import ATTENTION_NAME, EAGER_NAME
+from mnemon.hf.names import PreTrainedConfig
 
 __all__ = ["Restore", "enable"]
 
@@ -146,11 +147,17 @@ def _reason_against(
     if _asks_by_name(type(module), before):
         return f"its code asks for {before!r} by name"
     if before != "eager":
-        return None
+        return "uses sdpa, which ignores its soft-capping" if _softcaps(module) else None
     key = (type(module), int(getattr(module, "num_key_value_groups", 1) or 1))
     if key not in tried:
         tried[key] = disagreement(module)
     return tried[key]
+
+
+def _softcaps(module: nn.Module) -> bool:
+    """Whether a module soft-caps its scores: up to transformers 5.21 "sdpa" passes over that."""
+    cap = getattr(module, "attn_logit_softcapping", None)
+    return cap is not None and "softcap" in passed_options(module)
 
 
 def _asks_by_name(cls: type, name: str) -> bool:

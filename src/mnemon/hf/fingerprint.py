@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mnemon.errors import DamagedFile, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+
+    from mnemon.hf.names import PreTrainedConfig
 
 __all__ = ["Fingerprint", "config_fingerprint", "fingerprint"]
 

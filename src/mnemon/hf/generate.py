@@ -1,4 +1,4 @@
-"""What transformers 5.x calls things around `generate` and `forward`: arguments, prompts, beams.
+"""What transformers calls things around `generate` and `forward`: arguments, prompts, beams.
 
 Nothing here knows caches: an object found under a cache argument is handed back as it is.
 """
@@ -10,13 +10,15 @@ from typing import Any, Final
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+
+from mnemon.hf.versions import current
 
 __all__ = [
     "CACHE_NAMES",
     "Prompt",
     "Stream",
     "consumed_with_prompt",
+    "feeds_cached_again",
     "forward_inputs",
     "is_plain_text",
     "named_arguments",
@@ -235,7 +237,15 @@ def wants_prompt_outputs(model: PreTrainedModel, arguments: Mapping[str, Any]) -
 
 def consumed_with_prompt(names: Iterable[str]) -> bool:
     """Whether `generate` feeds all these inputs with the prompt only, never again."""
-    return set(names) <= {*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "image_grid_thw"}
+    return set(names) <= {*current.ONLY_WITH_PROMPT, "image_grid_thw"}
+
+
+def feeds_cached_again(names: Stream) -> bool:
+    """Whether `generate` may feed the whole prompt although a part of it is cached.
+
+    It does when it drafts, and for recurrent models.
+    """
+    return current.FEEDS_CACHED_AGAIN or names.takes_own_mask
 
 
 def placeholder_ids(model: PreTrainedModel) -> tuple[int, ...]:
@@ -260,7 +270,7 @@ def position_ids(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) 
     own = getattr(model, "_prepare_position_ids_for_generation", None)
     if own is not None:
         return own(ids, {"attention_mask": mask})
-    return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, current.PADDING_POSITION)
 
 
 def forward_inputs(
@@ -291,9 +301,7 @@ def forward_inputs(
         inputs["logits_to_keep"] = 1
     chunk = ids[:, start:stop]
     if isinstance(model, GenerationMixin):
-        # Its `self` and ids have types of their own.
-        prepare: Any = model.prepare_inputs_for_generation  # type: ignore[misc]
-        inputs = prepare(chunk, is_first_iteration=True, **inputs)
+        inputs = current.first_inputs(model, chunk, inputs, start, stop)
     else:
         inputs["input_ids"] = chunk
     return inputs | {"return_dict": True}

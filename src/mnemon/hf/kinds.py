@@ -4,14 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    STATIC_LAYER_TYPE_MAPPING,
-    get_layer_types_and_kwargs,
-)
-
-from mnemon.errors import ModelError
+from mnemon.errors import ModelError, NotServed
+from mnemon.hf.names import PreTrainedConfig
+from mnemon.hf.versions import current
 
 # Their attention takes every key it is handed for a real one: a preallocated layer, whose tail is
 # empty, gives other tokens (transformers' StaticCache does too).
@@ -71,16 +66,20 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
 
     Raises:
         ModelError: not a config, or a layer type that nobody knows.
+        NotServed: in this version of transformers, the model takes a cache of its own only.
     """
     decoder = decoder_config(config)
+    reason = current.why_not_served(decoder)
+    if reason is not None:
+        raise NotServed(reason)
     try:
-        types, options = get_layer_types_and_kwargs(decoder)
+        found = current.layer_types(decoder)
     except (AttributeError, TypeError) as error:
         raise ModelError(
             f"Cannot tell what the layers of a {decoder.model_type!r} model keep ({error}); "
             f"pass the config of a model that generates text."
         ) from error
-    return [_spec(name, kwargs, decoder) for name, kwargs in zip(types, options, strict=True)]
+    return [_spec(name, options, decoder) for name, options in found]
 
 
 def _spec(name: str, options: dict[str, Any], decoder: PreTrainedConfig) -> LayerSpec:
@@ -102,13 +101,12 @@ def _spec(name: str, options: dict[str, Any], decoder: PreTrainedConfig) -> Laye
         case "dummy":
             return LayerSpec(attends=False)
     # Layer types that a modeling file registers when it is imported, with a class of its own.
-    known = DYNAMIC_LAYER_TYPE_MAPPING.get(name)
+    known, static = current.layer_classes(name)
     if known is None:
         raise ModelError(
             f"Layer type {name!r} of a {decoder.model_type!r} model is unknown to this version of "
             f"transformers and to mnemon; load the model first if it registers its own layers."
         )
-    static = STATIC_LAYER_TYPE_MAPPING.get(name)
     return LayerSpec(
         window=window,
         foreign=lambda: known(**options),

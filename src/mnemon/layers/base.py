@@ -51,6 +51,8 @@ class CacheLayer(ABC):
     is_compileable: bool = False
     #: Whether `num_tokens` means anything.
     counts_tokens: bool = True
+    #: All it keeps is one pair of keys and values, `state()`'s tensors "keys" and "values".
+    is_pair: bool = False
 
     # -- keys and values -----------------------------------------------------------------------
 
@@ -109,6 +111,12 @@ class CacheLayer(ABC):
 
     def set_recording(self, on: bool) -> None:  # noqa: B027  (a no-op is right for most layers)
         """Keep what a later `crop` needs (assisted decoding), bounded; no-op for most layers."""
+
+    def record_last(self) -> None:  # noqa: B027  (as above)
+        """From now on keep what taking back the last append needs; no-op for most layers.
+
+        For releases of transformers that do not announce assisted decoding.
+        """
 
     @property
     def is_initialized(self) -> bool:
@@ -234,6 +242,16 @@ class CacheLayer(ABC):
         return False
 
     # -- what model code reads from a layer ------------------------------------------------------
+
+    @property
+    def conv_states(self) -> Mapping[int, torch.Tensor | None]:
+        """Convolution states by number (models of transformers up to 5.21 read them here)."""
+        raise UnsupportedVerb(f"A {self.kind} layer keeps no convolution state.")
+
+    @property
+    def recurrent_states(self) -> Mapping[int, torch.Tensor | None]:
+        """Recurrent states by number (models of transformers up to 5.21 read them here)."""
+        raise UnsupportedVerb(f"A {self.kind} layer keeps no recurrent state.")
 
     @property
     def keys(self) -> torch.Tensor | None:

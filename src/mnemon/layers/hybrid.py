@@ -1,6 +1,6 @@
 """A layer composed of parts: attention beside a recurrent state, or beside an indexer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -76,6 +76,14 @@ class HybridLayer(CacheLayer):
     def recurrent_state(self, state_idx: int = 0) -> torch.Tensor | None:
         return (self.recurrent or self.attention).recurrent_state(state_idx)
 
+    @property
+    def conv_states(self) -> Mapping[int, torch.Tensor | None]:
+        return (self.recurrent or self.attention).conv_states
+
+    @property
+    def recurrent_states(self) -> Mapping[int, torch.Tensor | None]:
+        return (self.recurrent or self.attention).recurrent_states
+
     def has_state(self, state_idx: int | None = None) -> bool:
         return (self.recurrent or self.attention).has_state(state_idx)
 
@@ -102,6 +110,10 @@ class HybridLayer(CacheLayer):
     def set_recording(self, on: bool) -> None:
         for part in self.parts:
             part.set_recording(on)
+
+    def record_last(self) -> None:
+        for part in self.parts:
+            part.record_last()
 
     def view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return self.attention.view()

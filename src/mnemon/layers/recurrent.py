@@ -1,6 +1,6 @@
 """Recurrent and convolution states: Mamba, gated linear attention, short convolutions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -118,6 +118,14 @@ class RecurrentLayer(CacheLayer):
 
     def recurrent_state(self, state_idx: int = 0) -> torch.Tensor | None:
         return self._recurrent.get(state_idx) if self._has_state[state_idx] else None
+
+    @property
+    def conv_states(self) -> Mapping[int, torch.Tensor | None]:
+        return {index: self.conv_state(index) for index in range(self.num_states)}
+
+    @property
+    def recurrent_states(self) -> Mapping[int, torch.Tensor | None]:
+        return {index: self.recurrent_state(index) for index in range(self.num_states)}
 
     def has_state(self, state_idx: int | None = None) -> bool:
         if state_idx is None:

@@ -28,6 +28,7 @@ class StaticWindowLayer(CacheLayer):
     kind = "static_window"
     is_sliding = True
     is_compileable = True
+    is_pair = True
 
     def __init__(self, window: int) -> None:
         if window < 1:

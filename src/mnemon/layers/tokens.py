@@ -28,6 +28,8 @@ Buffer = TokenBuffer | StaticBuffer
 class TokenLayer(CacheLayer):
     """Keys and values of every token, in two buffers of the kind that `_new_buffer` makes."""
 
+    is_pair = True
+
     def __init__(self) -> None:
         self._keys = self._new_buffer()
         self._values = self._new_buffer()

@@ -29,8 +29,9 @@ class WindowLayer(CacheLayer):
 
     `crop` works while the window has not let go of what it needs, and always for what was
     appended since `set_recording(True)` or the last `crop` (at most `MAX_RECORDED` tokens, or the
-    last append if that is longer), so recording is bounded too. `keep` raises `UnsupportedVerb`:
-    the mask binds positions to slots.
+    last append if that is longer), so recording is bounded too. After `record_last` it works for
+    the last append also (at most `MAX_RECORDED` tokens of it). `keep` raises `UnsupportedVerb`: the
+    mask binds positions to slots.
 
     Args:
         window: tokens that a query sees, itself included (``config.sliding_window``, or
@@ -39,6 +40,7 @@ class WindowLayer(CacheLayer):
 
     kind = "window"
     is_sliding = True
+    is_pair = True
 
     def __init__(self, window: int) -> None:
         if window < 1:
@@ -48,6 +50,7 @@ class WindowLayer(CacheLayer):
         self._values = TokenBuffer()
         self._seen = 0
         self._recording = False
+        self._records_last = False
         self._uncommitted = 0  # tokens since recording began or crop was called
 
     def append(self, keys: NewKeys, values: NewValues) -> tuple[Keys, Values]:
@@ -63,6 +66,8 @@ class WindowLayer(CacheLayer):
         if self._recording:
             recorded = self._uncommitted + num_new
             kept += recorded if recorded <= MAX_RECORDED else max(MAX_RECORDED, num_new)
+        elif self._records_last:
+            kept += min(num_new, MAX_RECORDED)
         if num_new > self.window:
             result = (
                 self._append_long(self._keys, keys, past, kept),
@@ -146,6 +151,9 @@ class WindowLayer(CacheLayer):
         self._recording = on
         self._commit()
 
+    def record_last(self) -> None:
+        self._records_last = True
+
     def _commit(self) -> None:
         self._uncommitted = 0
         excess = len(self._keys) - (self.window - 1)
@@ -206,6 +214,7 @@ class WindowLayer(CacheLayer):
         other._keys, other._values = self._keys.fork(), self._values.fork()
         other._seen, other._recording = self._seen, self._recording
         other._uncommitted = self._uncommitted
+        other._records_last = self._records_last
         return other
 
     def state(self) -> LayerState:
