@@ -12,20 +12,19 @@ from transformers import PreTrainedModel
 from mnemon import layers as kinds
 from mnemon import recipe as recipes
 from mnemon.cache.state import CacheState, Prefilled
+from mnemon.cache.tokens import NamedTokens
 from mnemon.errors import CacheError
-from mnemon.hf.base import CacheFacade
-from mnemon.hf.fingerprint import fingerprint
 from mnemon.hf.kinds import is_encoder_decoder, layer_specs
 from mnemon.hf.names import PreTrainedConfig, removed_by
 from mnemon.layers.base import CacheLayer, row_index
 from mnemon.recipe import Recipe
 from mnemon.report import Report, report
-from mnemon.token_log import PADDING, UNKNOWN, TokenLog
+from mnemon.token_log import PADDING, TokenLog
 
 __all__ = ["Cache"]
 
 
-class Cache(CacheFacade):
+class Cache(NamedTokens):
     """All that a model keeps between two forward passes; pass it as ``past_key_values``.
 
     A real ``transformers.Cache`` that takes the shape of any config: dense, windowed, recurrent,
@@ -124,63 +123,6 @@ class Cache(CacheFacade):
             num_tokens=self.num_tokens,
             num_known_tokens=self.num_known_tokens,
         )
-
-    # -- which tokens ----------------------------------------------------------------------------
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """int64 ``[batch, num_tokens]`` on the CPU; -1 was filled by hand, -2 is padding."""
-        self._match_log_rows()
-        return self._log.tensor(self.num_tokens, self.batch_size)
-
-    def _match_log_rows(self) -> None:
-        """A log of one row serves all rows, as the layers' one row did."""
-        if self._log.batch_size == 1 and self.batch_size > 1:
-            self._log.gather(torch.zeros(self.batch_size, dtype=torch.int64))
-
-    @property
-    def num_known_tokens(self) -> int:
-        """Positions whose token is known in every row."""
-        return int((self.tokens != UNKNOWN).all(dim=0).sum())
-
-    @property
-    def num_recorded(self) -> int:
-        """Leading positions that the log covers, named or not."""
-        return min(len(self._log), self.num_tokens)
-
-    def record_tokens(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, start: int
-    ) -> None:
-        """Name the tokens that a forward just added.
-
-        Args:
-            input_ids: int ``[batch, new]``.
-            attention_mask: ``[batch, new]`` of those positions; 0 is padding.
-            start: position of the first one.
-        """
-        self._log.record(input_ids, attention_mask, start)
-
-    def common_prefix(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> int:
-        """Leading positions at which every row agrees with `input_ids` ``[batch, tokens]``.
-
-        A cache of one row is compared with every row. Unknown positions agree with anything.
-        """
-        held = self.tokens
-        ids = input_ids.detach().to("cpu", torch.int64)
-        if attention_mask is not None and attention_mask.shape == ids.shape:
-            ids = ids.masked_fill(attention_mask.cpu() == 0, PADDING)
-        length = min(held.shape[1], ids.shape[1])
-        if held.shape[0] not in (1, ids.shape[0]) or not length:
-            return 0
-        held, ids = held[:, :length], ids[:, :length]
-        agree = ((held == ids) | (held == UNKNOWN)).all(dim=0)
-        return length if bool(agree.all()) else int(agree.to(torch.int64).argmin())
-
-    def attention_mask(self) -> torch.Tensor:
-        """int64 ``[batch, num_tokens]``: 0 where a row is padding, as after `merge`."""
-        return (self.tokens != PADDING).to(torch.int64)
 
     # -- going back ------------------------------------------------------------------------------
 
@@ -317,34 +259,9 @@ class Cache(CacheFacade):
         Raises:
             CacheError: none given, or caches of different models, recipes or encoder lengths.
         """
-        if not caches:
-            raise CacheError("Cache.merge takes at least one cache; got none.")
-        first = caches[0]
-        for other in caches[1:]:
-            if type(other) is not type(first) or other.recipe != first.recipe:
-                raise CacheError(
-                    f"Cannot merge a {type(first).__name__} of recipe {str(first.recipe)!r} with a "
-                    f"{type(other).__name__} of {str(other.recipe)!r}."
-                )
-            if len(other.layers) != len(first.layers):
-                raise CacheError(
-                    f"Cannot merge caches of {len(first.layers)} and {len(other.layers)} layers."
-                )
-        merged = first._like(
-            [
-                [column[0].merge(column[1:]) for column in zip(*groups, strict=True)]
-                for groups in zip(*(cache._groups() for cache in caches), strict=True)
-            ]
-        )
-        merged._log = TokenLog.merge([cache.tokens for cache in caches])
-        keys = {cache.content_key for cache in caches}
-        merged.content_key = keys.pop() if len(keys) == 1 else None
-        merged.filled_by = _filled_alike(caches)
-        merged.filled_version = min(
-            (cache.filled_version for cache in caches if cache.filled_version is not None),
-            default=None,
-        )
-        return merged
+        from mnemon.cache.merging import merge  # it asks the caches themselves
+
+        return merge(caches)
 
     def extract(self, row: int) -> "Cache":
         """A cache with row `row` alone, without the padding on its left."""
@@ -495,20 +412,3 @@ class Cache(CacheFacade):
             f"{type(self).__name__}({self.config.model_type!r}, {str(self.recipe)!r}, "
             f"num_tokens={self.num_tokens}, batch_size={self.batch_size}, nbytes={self.nbytes})"
         )
-
-
-def _filled_alike(caches: Sequence[Cache]) -> "weakref.ref[PreTrainedModel] | None":
-    """Which model filled `caches`; of several, one that is gone: nobody can vouch for it.
-
-    Raises:
-        CacheError: models that compute differently.
-    """
-    known = [cache.filled_by for cache in caches if cache.filled_by is not None]
-    models = {id(model): model for found in known if (model := found()) is not None}
-    first, *others = models.values() or (None,)
-    for other in others:
-        differences = [] if first is None else fingerprint(first).differences(fingerprint(other))
-        if differences:
-            raise CacheError(f"Cannot merge caches of different models: {'; '.join(differences)}.")
-    gone = [found for found in known if found() is None]
-    return next(iter([*gone, *known]), None)
