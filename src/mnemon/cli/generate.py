@@ -221,7 +221,8 @@ def _run(
         raise InputError("the prompt has no tokens; give it some text.")
     max_new, note = fit_length(loaded.model.config, len(ids), sampling.max_new_tokens)
     notes += [note] if note else []
-    if path is not None:
+    # An encoder-decoder's cache holds its answer: the prompt's tokens are not what to compare.
+    if path is not None and not loaded.model.config.is_encoder_decoder:
         shared = cache.common_prefix(_row(ids))
         if shared < num_loaded:
             notes.append(
