@@ -9,7 +9,11 @@ THREADS ?= 2
 # first lets its conftest print the table.
 WORKERS = -n $(THREADS) --dist loadgroup
 
-.PHONY: setup demo test test-all lint types imports check clean
+# Releases of transformers besides the current one, each in an environment of its own.
+OTHERS := 4.57 5.14
+OTHER_STAMPS := $(OTHERS:%=.venv-%/.mnemon-ready)
+
+.PHONY: setup demo test test-all test-matrix test-oldest surface lint types imports check clean
 
 setup: $(STAMP)
 
@@ -26,6 +30,21 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest $(WORKERS) tests/matrix tests
 
+.venv-%/.mnemon-ready: pyproject.toml constraints.txt constraints-%.txt scripts/setup.sh
+	PYTHON="$(PYTHON)" TRANSFORMERS="$*" VENV=".venv-$*" bash scripts/setup.sh
+	@touch $@
+
+# Contract, equality and what reads or writes a cache, on every release; a table at the end.
+test-matrix: setup $(OTHER_STAMPS)
+	$(BIN)/python scripts/test_versions.py --workers $(THREADS) $(OTHERS) current
+
+test-oldest: setup .venv-4.57/.mnemon-ready
+	$(BIN)/python scripts/test_versions.py --workers $(THREADS) 4.57
+
+# What mnemon rests on in the installed transformers; fails if a name changed.
+surface: setup
+	$(BIN)/python scripts/surface.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +58,4 @@ imports: setup
 check: lint types imports
 
 clean:
-	rm -rf $(VENV) report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OTHERS:%=.venv-%) report .pytest_cache .mypy_cache .ruff_cache .hypothesis

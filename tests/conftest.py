@@ -1,5 +1,8 @@
 """Every test runs on one thread, and shapes are checked wherever layers are called."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -8,3 +11,14 @@ torch.set_num_threads(1)
 # Before anything imports mnemon.layers. What compiles does so in a process of its own (see
 # test_compile.py): checked functions cannot be traced.
 install_import_hook("mnemon.layers", "shape_checks.checked")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip what the installed transformers keeps to itself (Mamba's states in 4.57)."""
+    from mnemon.errors import NotServed
+
+    try:
+        return (yield)
+    except NotServed as error:
+        pytest.skip(str(error))

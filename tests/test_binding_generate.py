@@ -20,6 +20,7 @@ from binding_models import (
     prompt,
 )
 from mnemon.errors import PrefixMismatch
+from releases import NEVER_SAID, RELEASE
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 
@@ -142,6 +143,8 @@ def test_what_cannot_be_cropped_is_computed_again(make: Any, case: str) -> None:
     model, ids = make(), prompt(30)
     name = "cache_params" if "Mamba" in type(model).__name__ else "past_key_values"
     expected = _fresh(model, ids)
+    if RELEASE < (5, 14) and case == "same" and "Mistral" in type(model).__name__:
+        pytest.skip("there windows keep what taking back the last append needs")
     with mnemon.attach(model) as attachment:
         cached = {"continue": ids[:, :29], "same": ids, "foreign": prompt(29, seed=4)}[case]
         cache = mnemon.Cache(model.config)
@@ -173,9 +176,14 @@ def test_states_that_are_read_one_token_at_a_time_only(make: Any) -> None:
                 **{name: cache},
                 **options,
             )
-            torch.testing.assert_close(got.logits, expected.logits)
-        assert attachment.stats.resets == 1  # the whole prompt came: computed again
-        assert attachment.stats.tokens_reused == 12  # only new tokens came: fed one by one
+            # up to 5.18 Jamba's step and its scan round a little differently
+            torch.testing.assert_close(got.logits, expected.logits, rtol=1e-3, atol=2e-4)
+        # up to 5.18 Jamba does read its state then
+        goes_on = make is jamba and RELEASE < (5, 19)
+        # the whole prompt came: computed again
+        assert attachment.stats.resets == (0 if goes_on else 1)
+        # only new tokens came: fed one by one
+        assert attachment.stats.tokens_reused == (24 if goes_on else 12)
 
 
 # -- padding and batches ---------------------------------------------------------------------------
@@ -370,7 +378,9 @@ def test_drafting_from_a_filled_cache(make: Any, how: str, num_cached: int) -> N
     model = make()
     ids = prompt(10).repeat(1, 2)  # repeats itself: something to look up
     options: dict[str, Any] = (
-        {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": llama(3)}
+        {"prompt_lookup_num_tokens": 3, "eos_token_id": NEVER_SAID}
+        if how == "lookup"
+        else {"assistant_model": llama(3)}
     )
     expected = _fresh(model, ids, max_new_tokens=12)
     with mnemon.attach(model):
@@ -392,7 +402,14 @@ def test_windows_are_bounded_again_when_drafting_breaks() -> None:
         raise KeyboardInterrupt
 
     with mnemon.attach(model), pytest.raises(KeyboardInterrupt):
-        _run(model, ids, cache, prompt_lookup_num_tokens=3, stopping_criteria=[stop])
+        _run(
+            model,
+            ids,
+            cache,
+            prompt_lookup_num_tokens=3,
+            eos_token_id=NEVER_SAID,
+            stopping_criteria=[stop],
+        )
     assert not cache.is_recording_past(0)
     assert cache.num_stored <= 7
 
@@ -462,6 +479,7 @@ def test_prefill_chunk_size_of_generate() -> None:
                     got = _run(model, ids, cache, prefill_chunk_size=4, **options)
                 assert torch.equal(got, expected)
                 assert max(tokens for _, tokens in shapes) == 4
+                assert cache.num_tokens == 27  # nothing twice
 
 
 def test_static_caches() -> None:

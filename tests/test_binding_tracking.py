@@ -10,6 +10,7 @@ import mnemon
 from binding_models import bart, jamba, llama, mamba, mistral, prompt
 from mnemon.binding.tracking import run_forward
 from mnemon.hf import generate as hf
+from releases import RELEASE
 
 
 def _break_in_layer(model: PreTrainedModel, error: BaseException, after: int = 0) -> Any:
@@ -51,6 +52,8 @@ def test_a_broken_forward_is_taken_back(error: BaseException, num_cached: int, r
 @pytest.mark.parametrize("make", [lambda: mistral(8), mamba, jamba], ids=["win", "mamba", "jamba"])
 def test_what_cannot_be_taken_back_is_emptied_and_said(make: Any) -> None:
     model, ids = make(), prompt(20)
+    if RELEASE < (5, 14) and "Mistral" in type(model).__name__:
+        pytest.skip("there windows keep what taking back the last append needs")
     name = "cache_params" if "Mamba" in type(model).__name__ else "past_key_values"
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)
     stack = model.backbone if "Mamba" in type(model).__name__ else model.model
@@ -58,8 +61,8 @@ def test_what_cannot_be_taken_back_is_emptied_and_said(make: Any) -> None:
         cache = mnemon.Cache(model.config)
         model(ids[:, :12], **{name: cache})
         handle = stack.layers[-1].register_forward_pre_hook(_raise)
-        with pytest.raises(KeyboardInterrupt) as caught:
-            model(ids[:, 12:], **{name: cache})
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt) as caught:
+            model(ids[:, 12:13], **{name: cache})  # Mamba in 5.14 takes one at a time
         handle.remove()
         assert "The cache is now empty: pass the whole prompt again" in caught.value.__notes__[0]
         assert cache.num_tokens == 0

@@ -22,6 +22,8 @@ from binding_models import bart, jamba, llama, llava, mamba, mistral, prompt
 from mnemon import Cache, prefill
 from mnemon.cache import CacheState, EncoderDecoderCache
 from mnemon.errors import CacheError, ModelError, RecipeError, UnsupportedVerb
+from mnemon.hf.names import PreTrainedConfig
+from releases import RELEASE
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
@@ -119,6 +121,8 @@ def test_a_saved_length_does_not_change(
     assert type(offset) is int
     assert (saved, offset) == (20, 20)
     assert cache.get_seq_length() == cache.num_tokens == 25
+    if RELEASE < (5, 14):
+        return
     theirs = transformers.StaticCache(models["llama"].config, max_cache_len=32)
     with torch.no_grad():
         models["llama"](prompt(20), past_key_values=theirs)
@@ -149,8 +153,15 @@ def test_crop_convention(models: dict[str, PreTrainedModel], recipe: str) -> Non
     cache = Cache(model.config, recipe)
     run(model, cache, prompt(12))
     before = content(cache)
-    with pytest.raises(CacheError, match=r"crop\(n - cache.num_tokens\)"):
-        cache.crop(5)
+    if RELEASE < (5, 19):  # there, as in that release's own caches, it is a final size
+        other = cache.fork()
+        other.crop(5)
+        assert torch.equal(other.tokens, prompt(12)[:, :5])
+        other.crop(9)
+        assert other.num_tokens == 5
+    else:
+        with pytest.raises(CacheError, match=r"crop\(n - cache.num_tokens\)"):
+            cache.crop(5)
     with pytest.raises(CacheError, match="holds 12"):
         cache.crop(-13)
     cache.crop(0)
@@ -172,6 +183,7 @@ def test_what_cannot_go_back_changes_nothing(models: dict[str, PreTrainedModel],
     model = models[name]
     cache = Cache(model.config)
     run(model, cache, prompt(20))
+    run(model, cache, prompt(1, seed=9))  # in 4.57 a window can take back its last append
     before = content(cache)
     assert not cache.can_crop(3)
     with pytest.raises(CacheError):
@@ -242,10 +254,10 @@ def test_row_verbs(models: dict[str, PreTrainedModel], name: str, recipe: str) -
     with pytest.raises(CacheError):
         cache.repeat(0)
     assert same(content(cache), before)
-    got = run(model, cache, prompt(2, batch=2, seed=5))
+    got = run(model, cache, prompt(1, batch=2, seed=5))  # Mamba takes one token at a time
     other = Cache(model.config)
     run(model, other, ids[[0, 2]])
-    expected = run(model, other, prompt(2, batch=2, seed=5))
+    expected = run(model, other, prompt(1, batch=2, seed=5))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -532,7 +544,7 @@ def test_wrong_configs(config: object) -> None:
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), BartConfig()])
-def test_wrong_recipes(config: transformers.PreTrainedConfig) -> None:
+def test_wrong_recipes(config: PreTrainedConfig) -> None:
     for recipe in ("int4", "nothing", "static", "static(0)", 3):
         with pytest.raises(RecipeError):
             Cache(config, recipe)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import mnemon.errors
 
 def test_public_names() -> None:
     assert mnemon.__all__ == [
-        "Cache", "Recipe", "attach", "detach", "errors", "load_cache", "prefill",
+        "Cache", "Recipe", "attach", "detach", "errors", "legacy", "load_cache", "prefill",
     ]  # fmt: skip
     for name in mnemon.__all__:
         assert getattr(mnemon, name) is not None
@@ -29,6 +29,7 @@ def test_a_wrong_name_says_what_there_is() -> None:
     [
         "import mnemon",
         "import mnemon.errors",
+        "import mnemon; mnemon.legacy.enable",
         "import mnemon.recipe; mnemon.recipe.parse('static(4)')",
         "from mnemon import Recipe, errors",
         "import mnemon.planner",

@@ -70,6 +70,8 @@ def _quiet() -> Iterator[None]:
 
 @cache
 def built(name: str) -> tuple[Any, Any]:
+    if name not in rows():
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     return rows()[name].build()
 
 

@@ -20,6 +20,7 @@ from binding_models import (
     prompt,
 )
 from mnemon.errors import CacheError, ModelError
+from releases import RELEASE
 
 CHUNK = 16
 LENGTH = 53
@@ -116,7 +117,8 @@ def test_windows(window: int, dtype: torch.dtype, attached: bool) -> None:
     computed = _check_splits(model, prompt(LENGTH), SPLITS)
     # a window that moved on cannot go back to a chunk's beginning, but can stand on it
     assert computed[SPLITS.index(2 * CHUNK)] == LENGTH - 2 * CHUNK
-    assert computed[SPLITS.index(40)] == LENGTH
+    # in 4.57 it keeps what taking back the last append needs
+    assert computed[SPLITS.index(40)] == (LENGTH if RELEASE >= (5, 14) else LENGTH - 2 * CHUNK)
 
 
 @pytest.mark.parametrize("attached", [False, True], ids=["plain", "attached"])
@@ -137,7 +139,8 @@ def test_states_that_are_read_one_token_at_a_time_only(make: Any) -> None:
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits[:, -1:]
     logits = mnemon.prefill(model, ids, mnemon.Cache(model.config), CHUNK).logits
-    torch.testing.assert_close(logits, expected)
+    # up to 5.18 Jamba's step and its scan round a little differently
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-4)
 
 
 def test_static() -> None:

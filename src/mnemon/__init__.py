@@ -23,12 +23,12 @@ _HOME = {
     "prefill": "mnemon.binding",
 }
 
-__all__ = ["Cache", "Recipe", "attach", "detach", "errors", "load_cache", "prefill"]
+__all__ = ["Cache", "Recipe", "attach", "detach", "errors", "legacy", "load_cache", "prefill"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return import_module("mnemon.errors")
+    if name in ("errors", "legacy"):
+        return import_module(f"mnemon.{name}")
     if name == "__version__":
         value = _version()
     elif name in _HOME:

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
-from tiny import MODELS, build, inputs, logits_of
+from tiny import MODELS, SERVED, build, inputs, logits_of
 from torch import nn
 
 from mnemon.errors import CacheError
 from mnemon.hf.attention import enable
 from mnemon.hf.eager import disagreement, eager_function
 from mnemon.hf.enabling import _asks_by_name
+from releases import since
 
 
 def traces(model: nn.Module) -> dict[str, tuple[int, dict]]:
@@ -23,7 +24,7 @@ def traces(model: nn.Module) -> dict[str, tuple[int, dict]]:
     }
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", SERVED)
 def test_restoring_leaves_no_trace(name: str) -> None:
     model = build(name)
     before, config_before = traces(model), copy.deepcopy(model.config)
@@ -143,6 +144,7 @@ def test_other_implementations_are_left_alone() -> None:
         assert all("flash_attention_2" in why for why in restore.left_alone.values())
 
 
+@since(5, 14)
 def test_code_that_asks_for_an_implementation_by_name_is_left_alone() -> None:
     from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
     from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
@@ -154,6 +156,7 @@ def test_code_that_asks_for_an_implementation_by_name_is_left_alone() -> None:
     assert not _asks_by_name(LlamaAttention, "sdpa")
 
 
+@since(5, 14)
 def test_an_eager_function_that_does_something_else_is_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

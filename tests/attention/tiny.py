@@ -5,7 +5,10 @@ from collections.abc import Callable
 import torch
 import transformers as tf
 
-__all__ = ["MODELS", "build", "inputs", "logits_of"]
+from mnemon.hf.names import PreTrainedConfig
+from releases import RELEASE
+
+__all__ = ["MODELS", "SERVED", "build", "inputs", "logits_of"]
 
 _SMALL = {
     "hidden_size": 64,
@@ -22,7 +25,7 @@ _SMALL = {
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "decoder_start_token_id": 2}
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 
-MODELS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: tf.LlamaConfig(**_SMALL),
     "mha": lambda: tf.LlamaConfig(**{**_SMALL, "num_key_value_heads": 4}),
     "mqa": lambda: tf.LlamaConfig(**{**_SMALL, "num_key_value_heads": 1}),
@@ -73,6 +76,16 @@ MODELS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
 }
 
 
+#: Those whose modules ask transformers for their attention function. In 4.57 "eager" modules
+#: compare with that name, and T5 has an attention of its own until 5.15.
+SERVED = [
+    name
+    for name in MODELS
+    if not (RELEASE < (5, 14) and name in ("gemma2", "gpt_oss"))
+    and not (RELEASE < (5, 15) and name == "t5")
+]
+
+
 def build(name: str, **overrides: object) -> tf.PreTrainedModel:
     """A tiny random model in float32, with norms and sinks that are not at their neutral values."""
     config = MODELS[name]()
@@ -80,7 +93,9 @@ def build(name: str, **overrides: object) -> tf.PreTrainedModel:
         setattr(config, key, value)
     torch.manual_seed(7)
     family = tf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else tf.AutoModelForCausalLM
-    model = family.from_config(config).eval()
+    if name == "gemma2":  # older releases of transformers give it "sdpa", which does not soft-cap
+        config._attn_implementation = "eager"
+    model = family.from_config(config, attn_implementation=config._attn_implementation).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim > 1:

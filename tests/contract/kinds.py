@@ -6,12 +6,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from transformers import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
-    DeepseekV4CSACache,
-    DeepseekV4HCACache,
-)
-from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLSparseCacheLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from contract.oracle import HEADS, WIDTH, Oracle
 from mnemon.layers import (
@@ -289,6 +284,7 @@ class Kind:
         promotes: accepts another dtype, as ``torch.cat`` does.
         shares: a fork shares memory until one of the two writes.
         counts_rows: knows its batch size.
+        needs: a model type of transformers that it comes from.
     """
 
     name: str
@@ -302,6 +298,7 @@ class Kind:
     promotes: bool = True
     shares: bool = False
     counts_rows: bool = True
+    needs: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -338,20 +335,31 @@ class Kind:
         return layer, oracle
 
 
-def _deepseek() -> DeepseekV4Config:
-    return DeepseekV4Config(
+def _minimax() -> Any:
+    from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as modeling
+
+    return modeling.MiniMaxM3VLSparseCacheLayer()
+
+
+def _deepseek(name: str) -> Any:
+    """A layer object of one of DeepSeek V4's classes."""
+    from transformers import DeepseekV4Config
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
+
+    config = DeepseekV4Config(
         vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
         sliding_window=WINDOW, compress_rates={
             "heavily_compressed_attention": RATE, "compressed_sparse_attention": RATE,
         },
     )  # fmt: skip
+    return getattr(modeling, name)(config)
 
 
 _PAST = WINDOW - 1
 _STATES = States(recurrent=True)
 _CONV = States(recurrent=False)
 
-KINDS: tuple[Kind, ...] = (
+_KINDS: tuple[Kind, ...] = (
     Kind(name="dense", make=DenseLayer, roles=(Tokens(),), keeps=True, shares=True),
     Kind(
         name="cross",
@@ -449,14 +457,16 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="minimax-m3",
-        make=lambda: ForeignLayer(MiniMaxM3VLSparseCacheLayer),
+        make=lambda: ForeignLayer(_minimax),
+        needs="minimax_m3_vl",
         roles=(Tokens(), SparseIndex()),
         merges="never",
         extracts_padding=False,
     ),
     Kind(
         name="deepseek-v4-hca",
-        make=lambda: ForeignLayer(lambda: DeepseekV4HCACache(_deepseek())),
+        make=lambda: ForeignLayer(lambda: _deepseek("DeepseekV4HCACache")),
+        needs="deepseek_v4",
         roles=(Tokens(WINDOW, bound=_PAST, tied=True), Compressed()),
         crops_within=lambda seen: 0,
         merges="never",
@@ -464,13 +474,18 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="deepseek-v4-csa",
-        make=lambda: ForeignLayer(lambda: DeepseekV4CSACache(_deepseek())),
+        make=lambda: ForeignLayer(lambda: _deepseek("DeepseekV4CSACache")),
+        needs="deepseek_v4",
         roles=(Tokens(WINDOW, bound=_PAST, tied=True), Compressed()),
         crops_within=lambda seen: 0,
         merges="never",
         extracts_padding=False,
     ),
 )
+
+
+#: Without layers of models that the installed transformers does not have.
+KINDS = tuple(kind for kind in _KINDS if not kind.needs or kind.needs in CONFIG_MAPPING)
 
 
 def kind_named(name: str) -> Kind:

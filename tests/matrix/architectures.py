@@ -12,6 +12,9 @@ from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mnemon.hf.versions import installed
+from mnemon.hf.versions.supported import release
+
 from .builders import (
     BOS,
     IMAGE_TOKEN,
@@ -31,6 +34,9 @@ from .builders import (
     waveform_inputs,
 )
 
+#: Configs of transformers 4 spell some fields otherwise.
+RELEASE = release(installed)
+IS_OLD = RELEASE < (5, 0)
 FULL, SLIDING, CHUNKED, LINEAR = (
     "full_attention",
     "sliding_attention",
@@ -93,9 +99,11 @@ _text("roberta", "decoder", is_decoder=True)
 
 # --- mixtures of experts ---------------------------------------------------------------------
 _text("mixtral", "moe", fast=True)
+# In 4.57 it is as with moshi: its mask knows no window.
+_text("phimoe", "moe", sliding_window=256 if IS_OLD else WINDOW)
 for _name in (
     *("cohere2_moe", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "granitemoe"),
-    *("granitemoeshared", "hunyuan_v1_moe", "jetmoe", "minimax_m2", "olmoe", "phimoe"),
+    *("granitemoeshared", "hunyuan_v1_moe", "jetmoe", "minimax_m2", "olmoe"),
     *("qwen2_moe", "qwen3_moe", "solar_open"),
 ):
     _text(_name, "moe")
@@ -104,12 +112,13 @@ _text(
     "moe",
     attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
     ffn_config={
-        "hidden_size": 32,
-        "ffn_hidden_size": 48,
+        # One of two fields that the router confuses before 5.19.
+        "ffn_hidden_size": 48 if RELEASE >= (5, 19) else 32,
         "moe_num_experts": 4,
         "moe_top_k": 2,
         "ffn_act_fn": {"name": "silu"},
-    },
+    }
+    | ({} if IS_OLD else {"hidden_size": 32}),
     intermediate_size=48,
 )
 
@@ -145,6 +154,7 @@ _text(
     num_key_value_heads=4,
     layers_block_type=[LINEAR, "hybrid", LINEAR, "hybrid"],
     mamba_dt_rank=4,
+    **({} if RELEASE >= (5, 19) else {"use_mamba_kernels": False}),
 )
 _text(
     "zamba2",
@@ -160,7 +170,8 @@ _text(
 _text(
     "nemotron_h",
     "hybrid",
-    layers_block_type=[LINEAR, "moe", FULL, LINEAR, "mlp", FULL],
+    # 5.14's own cache knows no "mlp".
+    layers_block_type=[LINEAR, "moe", FULL, LINEAR, *(["mlp"] if RELEASE >= (5, 19) else []), FULL],
     **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
     **{"chunk_size": 8, "moe_shared_expert_intermediate_size": 16},
 )
@@ -234,10 +245,13 @@ _text("bart", "encoder-decoder", fast=True)
 _text("t5", "encoder-decoder", fast=True, num_decoder_layers=2)
 for _name in (
     *("mbart", "marian", "pegasus", "pegasus_x", "blenderbot", "blenderbot-small", "m2m_100"),
-    *("nllb-moe", "led", "plbart", "mvp", "bigbird_pegasus"),
+    *("nllb-moe", "led", "plbart", "mvp"),
     *("mt5", "umt5", "longt5", "switch_transformers"),
 ):
     _text(_name, "encoder-decoder")
+# Short inputs switch it to full attention in its first forward: new layers, which take from the
+# random numbers that sampling would have had.
+_text("bigbird_pegasus", "encoder-decoder", attention_type="original_full")
 
 
 def _t5gemma() -> tuple[Any, MakeInputs]:
@@ -293,9 +307,17 @@ _speech(
     waveform_inputs(2000),
     encoder_num_hidden_layers=1,
     decoder_num_hidden_layers=2,
+    **({"num_key_value_heads": 4} if IS_OLD else {}),
     encoder_num_attention_heads=4,
     decoder_num_attention_heads=4,
 )
+
+
+def _rope(**more: Any) -> dict[str, Any]:
+    """Plain rotary positions, under the name that configs of this release use."""
+    if not IS_OLD:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **more}}
+    return {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", **more}}
 
 
 # --- images and text --------------------------------------------------------------------------
@@ -311,7 +333,9 @@ def _image_text(
 
     def build() -> tuple[Any, MakeInputs]:
         text_fields = {name: value for name, value in text.items() if name != "model_type"}
-        text_config = tiny_config(text["model_type"], **text_fields)
+        text_config: Any = tiny_config(text["model_type"], **text_fields)
+        if IS_OLD:  # some older configs take dicts only
+            text_config = text_config.to_dict()
         config = CONFIG_MAPPING[model_type](text_config=text_config, vision_config=vision, **fields)
         return finish(class_for(model_type, head)(config), make_inputs)
 
@@ -358,7 +382,7 @@ _image_text(
     "Qwen2VLForConditionalGeneration",
     {
         "model_type": "qwen2_vl_text",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        **_rope(mrope_section=[1, 1, 2]),
     },
     {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4},
     text_inputs,
@@ -370,7 +394,7 @@ _image_text(
         "model_type": "mllama_text_model",
         "num_hidden_layers": 3,
         "cross_attention_layers": [1],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        **_rope(),
     },
     {
         **_TOWER,

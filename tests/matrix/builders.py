@@ -105,6 +105,8 @@ TINY: Mapping[str, Any] = {
     "eos_token_id": None,
 }
 
+#: Which composed config a text config belongs to.
+TEXT_PARTS: Mapping[str, str] = {"mllama_text_model": "mllama", "qwen2_vl_text": "qwen2_vl"}
 CROSS_ATTENTION = re.compile("encoder_attn|EncDecAttention|cross_attn|crossattention")
 
 #: MLA models share one key head of `qk_rope_head_dim` and take `head_dim` to mean it.
@@ -133,7 +135,11 @@ class Architecture:
 
 def tiny_config(model_type: str, **fields: Any) -> Any:
     """A config of `model_type`, every known size small; `fields` win over the table."""
-    config_class = CONFIG_MAPPING[model_type]
+    config_class: Any
+    if model_type in CONFIG_MAPPING:
+        config_class = CONFIG_MAPPING[model_type]
+    else:  # a part that only a composed config of transformers 4 makes
+        config_class = CONFIG_MAPPING[TEXT_PARTS[model_type]].sub_configs["text_config"]
     if dataclasses.is_dataclass(config_class):
         known = {field.name for field in dataclasses.fields(config_class)}
     else:  # transformers 4

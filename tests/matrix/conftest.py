@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _row(item: pytest.Item) -> str:
     callspec = getattr(item, "callspec", None)
-    return "" if callspec is None else str(callspec.params["row"])
+    return "" if callspec is None else str(callspec.params.get("row", ""))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

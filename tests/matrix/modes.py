@@ -7,6 +7,7 @@ all they differ in.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ PROMPT = 20
 NUM_NEW = 12
 PADDING = 9
 NUM_PER_TURN = 7
-#: An end of text outside the vocabulary: 4.57's prompt lookup raises without one.
+#: An end of text outside every vocabulary: prompt lookup in 4.57 raises without one.
 NEVER_SAID = 1_000_000
 
 #: Makes an empty cache for a model and a recipe; None as a result lets transformers make its own.
@@ -35,6 +36,7 @@ class Bench:
         self.model = model
         self.make_inputs = make_inputs
         self._assistant: Any = None
+        self._use_cache = True
 
     @property
     def assistant(self) -> Any:
@@ -48,11 +50,19 @@ class Bench:
         """transformers calls the argument `cache_params` for every class named after Mamba."""
         return "cache_params" if "mamba" in type(self.model).__name__.lower() else "past_key_values"
 
+    def without_cache(self) -> Bench:
+        """The same model, computing every token again."""
+        other = copy.copy(self)
+        other._use_cache = False
+        return other
+
     def generate(self, inputs: Inputs, cache: Any, num_new: int = NUM_NEW, **kwargs: Any) -> Tensor:
         """Tokens [batch, tokens], generated without randomness unless `kwargs` ask for it."""
         if cache is not None:
             kwargs[self.cache_name] = cache
         kwargs.setdefault("do_sample", False)
+        if not self._use_cache:
+            kwargs["use_cache"] = False
         return self.model.generate(**inputs, max_new_tokens=num_new, **kwargs)  # type: ignore[no-any-return]
 
 

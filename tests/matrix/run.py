@@ -17,12 +17,16 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 
-from .architectures import rows
-from .cells import DIFFERENT, ERROR, Outcome, judge
+from .architectures import missing, rows
+from .cells import DIFFERENT, ERROR, RELEASE, Outcome, judge
 from .modes import MODES
 from .table import Results, details, summary, table, to_json
 
-RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "matrix.json"
+_RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+#: matrix.json is that of the newest release; older ones carry theirs.
+RECORD = _RESULTS / (
+    "matrix.json" if RELEASE >= (5, 15) else f"matrix_{'.'.join(map(str, RELEASE))}.json"
+)
 Cell = tuple[tuple[str, str, bool], Outcome]
 
 
@@ -61,6 +65,8 @@ def main() -> int:
     console.print(table(results))
     for line in details(results):
         console.print(line, markup=False, highlight=False)
+    if missing():
+        console.print(f"not in this transformers: {', '.join(missing())}")
     console.print(f"{summary(results)}; {time.perf_counter() - begin:.0f} s")
     path = options.json or (None if options.architecture else RECORD)
     if path is not None:
@@ -76,6 +82,7 @@ def _record(results: Results, seconds: float) -> dict[str, object]:
         "machine": f"{platform.machine()}, {platform.system()}, CPU",
         "versions": versions,
         "seconds": round(seconds),
+        "missing": missing(),
         **to_json(results),
     }
 

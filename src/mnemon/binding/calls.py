@@ -50,6 +50,9 @@ class Call:
             reuse.limit = chunks.reusable(self.model, cache, prompt.batch_size, chunk)
         reuse.fit()
         done, last = reuse.num_cached, prompt.num_tokens - 1
+        if done and hf.chunks_cached_again() and self._setting("prefill_chunk_size"):
+            chunk = chunk or int(self._setting("prefill_chunk_size"))
+            self.arguments["prefill_chunk_size"] = None
         size = self._size_ahead(chunk) if is_plain and done < last else 0
         if size:
             self._run_ahead(done, last, size)
@@ -57,6 +60,7 @@ class Call:
         if cache.batch_size == prompt.batch_size and prompt.expand > 1 and cache.num_tokens:
             cache.repeat(prompt.expand)
         self._num_to_skip = done - (prompt.num_tokens - prompt.num_given)
+        hf.announce_cached(self.arguments, prompt, done)
 
     def _size_ahead(self, exact_chunk: int | None) -> int:
         """Chunk size in which to compute all but the prompt's last token; 0 leaves it to generate.
@@ -76,8 +80,11 @@ class Call:
             return 0
         if cache.num_tokens == 0 and keeps_states(cache):
             return 0  # a step rounds and clamps otherwise than the scan that transformers runs
-        size = hf.setting(model, self.arguments, "prefill_chunk_size", None)
+        size = self._setting("prefill_chunk_size")
         return int(size) if size and continues_states(model, cache) else last
+
+    def _setting(self, name: str) -> Any:
+        return hf.setting(self.model, self.arguments, name, None)
 
     def _run_ahead(self, start: int, stop: int, size: int) -> None:
         """Compute tokens ``[start, stop)`` of the prompt, for all rows that the cache has."""

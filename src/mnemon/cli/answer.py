@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from mnemon.cli.trial import GREEDY, pad_option
 from mnemon.hf.generate import stream as argument_names
+from mnemon.hf.streaming import BaseStreamer
 
 if TYPE_CHECKING:
     import torch

@@ -110,9 +110,10 @@ def load_model(name: str | None, *, dtype: str = "auto", device: str = "auto") -
     source = resolve(name)
     torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # the command draws its own
+    from mnemon.hf.streaming import disable_progress_bar
+
+    disable_progress_bar()  # the command draws its own
     where = source.reference
     try:
         config = AutoConfig.from_pretrained(where)

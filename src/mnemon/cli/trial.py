@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers.generation.streamers import BaseStreamer
-
 from mnemon.hf.generate import stream, supports_logits_to_keep
+from mnemon.hf.streaming import BaseStreamer
 
 if TYPE_CHECKING:
     import torch

@@ -198,4 +198,3 @@ class PairFacade(current.PairBase):
 
     def _init_pair(self, decoder: CacheFacade, cross: CacheFacade) -> None:
         current.PairBase.__init__(self, decoder, cross)
-

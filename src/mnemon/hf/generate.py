@@ -17,6 +17,8 @@ __all__ = [
     "CACHE_NAMES",
     "Prompt",
     "Stream",
+    "announce_cached",
+    "chunks_cached_again",
     "consumed_with_prompt",
     "feeds_cached_again",
     "forward_inputs",
@@ -246,6 +248,20 @@ def feeds_cached_again(names: Stream) -> bool:
     It does when it drafts, and for recurrent models.
     """
     return current.FEEDS_CACHED_AGAIN or names.takes_own_mask
+
+
+def chunks_cached_again() -> bool:
+    """Whether `generate` with a ``prefill_chunk_size`` computes again what is cached."""
+    return current.CHUNKS_CACHED_AGAIN
+
+
+def announce_cached(arguments: dict[str, Any], prompt: Prompt, num_cached: int) -> None:
+    """Make `generate` see that the first `num_cached` tokens of `prompt` are cached.
+
+    Changes `arguments` where only the new tokens were passed and this release does not notice.
+    """
+    if prompt.num_given < prompt.num_tokens:
+        current.announce_cached(arguments, num_cached, prompt.num_tokens)
 
 
 def placeholder_ids(model: PreTrainedModel) -> tuple[int, ...]:

@@ -8,10 +8,6 @@ from mnemon.errors import ModelError, NotServed
 from mnemon.hf.names import PreTrainedConfig
 from mnemon.hf.versions import current
 
-# Their attention takes every key it is handed for a real one: a preallocated layer, whose tail is
-# empty, gives other tokens (transformers' StaticCache does too).
-_COUNT_KEYS = frozenset({"gpt_neo", "led"})
-
 __all__ = ["LayerSpec", "decoder_config", "is_encoder_decoder", "layer_specs"]
 
 
@@ -87,7 +83,7 @@ def _spec(name: str, options: dict[str, Any], decoder: PreTrainedConfig) -> Laye
     num_states = options.get("number_of_states", 1)
     match name:
         case "full_attention":
-            return LayerSpec(counts_keys=decoder.model_type in _COUNT_KEYS)
+            return LayerSpec(counts_keys=decoder.model_type in current.GROW_ONLY)
         case "sliding_attention" | "chunked_attention":
             return LayerSpec(window=window)
         case "indexed_attention":

@@ -120,6 +120,12 @@ class RecurrentLayer(CacheLayer):
         return self._recurrent.get(state_idx) if self._has_state[state_idx] else None
 
     @property
+    def device(self) -> torch.device | None:
+        """Where the states are; None while there are none."""
+        states = [*self._conv.values(), *self._recurrent.values()]
+        return states[0].device if states else None
+
+    @property
     def conv_states(self) -> Mapping[int, torch.Tensor | None]:
         return {index: self.conv_state(index) for index in range(self.num_states)}
 

@@ -54,6 +54,8 @@ def evaluate(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from mnemon.hf.names import attention_implementation
+
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ZooError(f"no model.safetensors in {str(folder)!r}; train one first")
@@ -88,7 +90,7 @@ def evaluate(
         "weights_bytes": weights.stat().st_size,
         "num_parameters": model.num_parameters(),
         "dtype": dtype,
-        "attention": model.config._attn_implementation,
+        "attention": attention_implementation(model.config),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

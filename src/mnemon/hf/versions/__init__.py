@@ -15,8 +15,12 @@ that changes what they rest on gets a file of its own, named after the first rel
 ``tokens_to_remove``    what the argument of ``crop`` means
 ``collects_attentions`` whether modules are being watched for attention weights
 ``ONLY_WITH_PROMPT``    inputs that ``generate`` feeds with the prompt only
+``CHUNKS_CACHED_AGAIN`` whether ``prefill_chunk_size`` begins with the first token, cached or not
 ``FEEDS_CACHED_AGAIN``  whether drafting feeds the whole prompt although a part of it is cached
+``GROW_ONLY``           model types whose attention takes every key it is handed for a real one, so
+                        that a preallocated layer gives other tokens (as in ``StaticCache``)
 ``PADDING_POSITION``    the position that ``generate`` gives to padding
+``announce_cached``     tells a `generate` call that takes new tokens alone how many are cached
 ``first_inputs``        a model's inputs for the next tokens of a prompt, as ``generate`` makes them
 ======================  ===========================================================================
 """
@@ -37,7 +41,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from mnemon.hf.versions import v5_19 as current
+    from mnemon.hf.versions import v5_22 as current
 else:
     current = import_module(f"{__name__}.{adapter_for(_installed)}")
 

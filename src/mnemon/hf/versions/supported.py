@@ -8,7 +8,8 @@ __all__ = ["ADAPTERS", "REQUIREMENT", "adapter_for", "release"]
 ADAPTERS: tuple[tuple[tuple[int, int], tuple[int, int], str], ...] = (
     ((4, 57), (4, 57), "v4_57"),
     ((5, 14), (5, 18), "v5_14"),
-    ((5, 19), (5, 23), "v5_19"),
+    ((5, 19), (5, 21), "v5_19"),
+    ((5, 22), (5, 23), "v5_22"),
 )
 
 #: The same for pip; a test compares it with pyproject.toml.

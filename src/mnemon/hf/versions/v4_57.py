@@ -13,13 +13,16 @@ from transformers.cache_utils import Cache as CacheBase
 from transformers.cache_utils import EncoderDecoderCache as PairBase
 
 __all__ = [
+    "CHUNKS_CACHED_AGAIN",
     "FEEDS_CACHED_AGAIN",
+    "GROW_ONLY",
     "ONLY_WITH_PROMPT",
     "PADDING_POSITION",
     "CacheBase",
     "Calls",
     "PairBase",
     "PreTrainedConfig",
+    "announce_cached",
     "collects_attentions",
     "first_inputs",
     "layer_classes",
@@ -32,6 +35,9 @@ __all__ = [
 #: Every model drops its own; these are dropped by all of them.
 ONLY_WITH_PROMPT: Final = frozenset({"pixel_values", "pixel_values_videos", "input_features"})
 FEEDS_CACHED_AGAIN: Final = False
+CHUNKS_CACHED_AGAIN: Final = True
+#: BLOOM makes room for empty keys in its position bias for transformers' own StaticCache only.
+GROW_ONLY: Final = frozenset({"gpt_neo", "led", "bloom"})
 PADDING_POSITION: Final = 1
 
 #: What keeps the states of models that take no common cache, by model type. A test asks
@@ -55,6 +61,12 @@ _OWN_CACHES: Final = {
     "xlstm": "xLSTMCache",
     "zamba": "ZambaHybridDynamicCache",
     "zamba2": "Zamba2HybridDynamicCache",
+}
+
+
+#: Other models that mnemon refuses here, with the reason.
+_REFUSED: Final = {
+    "moonshine": "hands a cache that it is given to its encoder also, which writes into it",
 }
 
 
@@ -89,9 +101,16 @@ class Calls:
 
 
 def prepare_layers(layers: list[Any]) -> None:
-    """Let windows remember the last append: nobody announces here that it may be taken back."""
+    """Let windows remember the last append: nobody announces here that it may be taken back.
+
+    Assisted decoding is refused as soon as one layer is preallocated, and those that keep nothing
+    call themselves so.
+    """
+    preallocated = all(layer.is_compileable for layer in layers)
     for layer in layers:
         layer.record_last()
+        if layer.is_dummy:
+            layer.is_compileable = preallocated
 
 
 def layer_types(decoder: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
@@ -119,18 +138,26 @@ def layer_classes(name: str) -> tuple[Any | None, Any | None]:
 
 
 def why_not_served(decoder: PreTrainedConfig) -> str | None:
-    own = _OWN_CACHES.get(decoder.model_type)
-    if own is None:
+    name = decoder.model_type
+    reason = _REFUSED.get(name)
+    if name in _OWN_CACHES:
+        reason = f"keeps its states in {_OWN_CACHES[name]}, and takes no cache made for all models"
+    if reason is None:
         return None
     return (
-        f"In transformers 4.57 a {decoder.model_type!r} model keeps its states in {own}, and takes "
-        f"no cache that is made for all models. Install transformers>=5.14, where it does."
+        f"In transformers 4.57 a {name!r} model {reason}. Install transformers>=5.14, where mnemon "
+        f"serves it."
     )
 
 
 def tokens_to_remove(given: int, num_tokens: int) -> int:
     # 0 removes nothing here, as it does from 5.14 on; 4.57's own caches were emptied by it.
     return max(0, num_tokens - given) if given > 0 else -given
+
+
+def announce_cached(arguments: dict[str, Any], start: int, stop: int) -> None:
+    # `generate` takes what it is given for the beginning of the prompt, unless it is told.
+    arguments["cache_position"] = torch.arange(start, stop)
 
 
 def collects_attentions() -> bool:

@@ -2,25 +2,35 @@
 
 from typing import Any, Final
 
-import torch
-from transformers import GenerationMixin, PreTrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    STATIC_LAYER_TYPE_MAPPING,
-    get_layer_types_and_kwargs,
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from mnemon.hf.versions import five
+from mnemon.hf.versions.five import (
+    FEEDS_CACHED_AGAIN,
+    PADDING_POSITION,
+    RENAMED,
+    CacheBase,
+    Calls,
+    PairBase,
+    PreTrainedConfig,
+    announce_cached,
+    collects_attentions,
+    first_inputs,
+    layer_classes,
+    prepare_layers,
 )
-from transformers.cache_utils import Cache as CacheBase
-from transformers.cache_utils import EncoderDecoderCache as PairBase
-from transformers.utils.output_capturing import _active_collector
 
 __all__ = [
+    "CHUNKS_CACHED_AGAIN",
     "FEEDS_CACHED_AGAIN",
+    "GROW_ONLY",
     "ONLY_WITH_PROMPT",
     "PADDING_POSITION",
     "CacheBase",
     "Calls",
     "PairBase",
     "PreTrainedConfig",
+    "announce_cached",
     "collects_attentions",
     "first_inputs",
     "layer_classes",
@@ -30,27 +40,18 @@ __all__ = [
     "why_not_served",
 ]
 
-#: From 5.15 on `generate` has a list (MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL); before, every
-#: model drops its own. These are dropped by all of them.
+#: From 5.15 on `generate` has a list of these; before, every model drops its own. These are dropped
+#: by all of them.
 ONLY_WITH_PROMPT: Final = frozenset({"pixel_values", "pixel_values_videos", "input_features"})
-FEEDS_CACHED_AGAIN: Final = True
-PADDING_POSITION: Final = 0
+CHUNKS_CACHED_AGAIN: Final = True
+#: BLOOM makes room for empty keys in its position bias for transformers' own StaticCache only.
+GROW_ONLY: Final = frozenset({"gpt_neo", "led", "bloom"})
 
-# What 5.19 calls these layer types.
-_RENAMED: Final = {"deepseek_sparse_attention": "indexed_attention", "moe": "dummy", "mlp": "dummy"}
 # Options that belong to some types only, and are handed to all.
 _BELONGS: Final = {
     "sliding_window": ("sliding_attention", "chunked_attention", "hybrid_sliding"),
     "number_of_states": ("conv", "linear_attention", "hybrid", "hybrid_sliding"),
 }
-
-
-class Calls:
-    """Nothing beyond what every cache answers."""
-
-
-def prepare_layers(layers: list[Any]) -> None:
-    """Nothing: `generate` says itself when layers have to remember what may be taken back."""
 
 
 def layer_types(decoder: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
@@ -61,39 +62,25 @@ def layer_types(decoder: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
     names = [*names, *["dummy"] * (total - len(names))]
     return [
         (
-            _RENAMED.get(name, name),
+            RENAMED.get(name, name),
             {key: value for key, value in options.items() if name in _BELONGS.get(key, (name,))},
         )
         for name in names
     ]
 
 
-def layer_classes(name: str) -> tuple[Any | None, Any | None]:
-    # Modeling files add their own when they are imported.
-    return DYNAMIC_LAYER_TYPE_MAPPING.get(name), STATIC_LAYER_TYPE_MAPPING.get(name)
-
-
 def why_not_served(decoder: PreTrainedConfig) -> str | None:
-    return None
+    if decoder.model_type == "olmo_hybrid":
+        from transformers.models.olmo_hybrid import modeling_olmo_hybrid as modeling
+
+        if hasattr(modeling, "OlmoHybridDynamicCache"):
+            return (
+                "In transformers 5.14 an 'olmo_hybrid' model keeps its states in "
+                "OlmoHybridDynamicCache, and takes no cache made for all models. Install "
+                "transformers>=5.15, where mnemon serves it."
+            )
+    return five.why_not_served(decoder)
 
 
 def tokens_to_remove(given: int, num_tokens: int) -> int:
     return max(0, num_tokens - given) if given > 0 else -given
-
-
-def collects_attentions() -> bool:
-    collected = _active_collector.get()
-    return bool(collected) and any("attentions" in name for name in collected)
-
-
-def first_inputs(
-    model: GenerationMixin,
-    chunk: torch.Tensor,
-    inputs: dict[str, Any],
-    start: int,
-    stop: int,
-) -> dict[str, Any]:
-    # Its `self` and ids have types of their own.
-    prepare: Any = model.prepare_inputs_for_generation  # type: ignore[misc]
-    prepared: dict[str, Any] = prepare(chunk, is_first_iteration=True, **inputs)
-    return prepared
