@@ -43,7 +43,9 @@ def test_a_diff_can_be_applied(tree: Path) -> None:
 
 def test_check_answers_with_its_exit_code(tree: Path) -> None:
     assert run("--check", "plain.py", cwd=tree).returncode == 0
-    assert run("--check", "old.py", cwd=tree).returncode == 3
+    done = run("--check", "old.py", cwd=tree)
+    assert done.returncode == 3
+    assert b"old.py:3: seen_tokens: " in done.stderr
     assert run("--check", "open.py", cwd=tree).returncode == 3
     assert run("--check", "old.py", "--target", "4.57", cwd=tree).returncode == 3
     assert (tree / "old.py").read_text() == OLD

@@ -52,11 +52,12 @@ class Call:
         done, last = reuse.num_cached, prompt.num_tokens - 1
         if done and hf.chunks_cached_again() and self._setting("prefill_chunk_size"):
             chunk = chunk or int(self._setting("prefill_chunk_size"))
-            self.arguments["prefill_chunk_size"] = None
         size = self._size_ahead(chunk) if is_plain and done < last else 0
         if size:
             self._run_ahead(done, last, size)
             done = last
+        if done and hf.chunks_cached_again() and self._setting("prefill_chunk_size"):
+            self.arguments["prefill_chunk_size"] = None
         if cache.batch_size == prompt.batch_size and prompt.expand > 1 and cache.num_tokens:
             cache.repeat(prompt.expand)
         self._num_to_skip = done - (prompt.num_tokens - prompt.num_given)

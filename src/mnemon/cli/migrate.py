@@ -93,7 +93,7 @@ def command(
     elif sarif != "-":
         if not write and not check:
             migrate_report.diffs(results)
-        migrate_report.summary(results, len(files), wrote=write)
+        migrate_report.summary(results, len(files), wrote=write, listed=check)
     if sarif is not None:
         _sarif(results, chosen, sarif)
     raise typer.Exit(_exit_code(results, check=check))

@@ -56,10 +56,27 @@ def _lines(content: bytes) -> list[str]:
     return lines[:-1] if text.endswith("\n") else lines
 
 
-def summary(results: list[FileResult], num_files: int, *, wrote: bool) -> None:
-    """Print what is left for people, and one line about all."""
+def summary(
+    results: list[FileResult], num_files: int, *, wrote: bool, listed: bool = False
+) -> None:
+    """Print what is left for people, and one line about all.
+
+    Args:
+        results: of the files with anything to say.
+        num_files: looked at.
+        wrote: the rewrites are on disk.
+        listed: name each place that would be rewritten; a diff shows them otherwise.
+    """
     from mnemon.migrate import Status
 
+    if listed:
+        would = [
+            (f"{result.path}:{finding.place}", finding.rule, finding.message)
+            for result in results
+            for finding in result.of(Status.REWRITTEN)
+        ]
+        if would:
+            _table("Would rewrite", ("where", "name", "how"), would)
     undecided = [
         (f"{result.path}:{finding.place}", finding.rule, finding.message)
         for result in results

@@ -41,6 +41,8 @@ def install(patches: Patches, notices: Notices) -> None:
     def from_legacy_cache(cls: Any, past_key_values: Any = None) -> Any:
         """A cache that holds the tensors of the tuple themselves, uncopied."""
         notices.give("from_legacy_cache")
+        if isinstance(past_key_values, ROOT):  # 4.40 did not ask whether it was one already
+            past_key_values = tuple(p for p in _entries(past_key_values) if p[0] is not None)
         if issubclass(cls, MnemonCache):
             return cls.from_legacy(past_key_values)
         return from_pairs(past_key_values, cls)

@@ -171,6 +171,9 @@ def _lengths(
 ) -> tuple[int, int]:
     """Tokens in the cache, and tokens that the next step reads."""
     past, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+    if isinstance(past, tuple) and num_new is not None:
+        # What a model's own `_reorder_cache` made of a cache: only it knows the axis of tokens.
+        return input_ids.shape[1] - num_new, num_new
     held = 0 if past is None or isinstance(past, tuple) else int(past.get_seq_length())
     if num_new is None:
         first = embeds is not None and held == 0

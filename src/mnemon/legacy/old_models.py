@@ -1,26 +1,24 @@
-"""Methods that every model had, and the plain rotary embedding, for old remote code.
+"""Methods that every model had, for old remote code.
 
-Source: their documented behaviour up to transformers 4.57 (``ModuleUtilsMixin``,
-``modeling_rope_utils``).
+Source: their documented behaviour up to transformers 4.57 (``ModuleUtilsMixin``).
 """
 
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, modeling_rope_utils
+from transformers import PreTrainedModel
 
 from mnemon.errors import ModelError
 from mnemon.legacy.patches import Patches
 from mnemon.legacy.warning import Notices
 
-__all__ = ["default_rope", "extended_attention_mask", "head_masks", "install", "inverted_mask"]
+__all__ = ["extended_attention_mask", "head_masks", "install", "inverted_mask"]
 
 
 def install(patches: Patches, notices: Notices) -> None:
     patches.add(PreTrainedModel, "get_head_mask", head_masks)
     patches.add(PreTrainedModel, "invert_attention_mask", inverted_mask)
     patches.add(PreTrainedModel, "get_extended_attention_mask", extended_attention_mask)
-    patches.add_item(modeling_rope_utils.ROPE_INIT_FUNCTIONS, "default", default_rope)
 
 
 def head_masks(
@@ -88,34 +86,6 @@ def extended_attention_mask(
         columns = torch.arange(num_tokens, device=attention_mask.device)
         mask = mask * (columns[None, :] <= rows[:, None]).to(mask.dtype)
     return _additive(mask, dtype or self.dtype)
-
-
-def default_rope(
-    config: Any = None,
-    device: torch.device | None = None,
-    seq_len: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies of the plain rotary embedding, ``[width / 2]``, and a factor of 1.
-
-    Args:
-        config: a model's config; or give ``base`` and ``dim`` (4.43 to 4.50).
-        device: where to make them.
-        seq_len: nothing; other kinds of embedding depend on it.
-        **kwargs: ``base`` and ``dim`` in place of the config.
-    """
-    if config is None:
-        base, width = kwargs["base"], kwargs["dim"]
-    else:
-        rope = getattr(config, "rope_parameters", None) or {}
-        base = getattr(config, "rope_theta", None) or rope.get("rope_theta", 10_000.0)
-        share = getattr(config, "partial_rotary_factor", None)
-        share = rope.get("partial_rotary_factor", 1.0) if share is None else share
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        width = int(head_dim * share)
-    steps = torch.arange(0, width, 2, dtype=torch.int64, device=device).float()
-    return 1.0 / (base ** (steps / width)), 1.0
 
 
 def _four_axes(mask: torch.Tensor) -> torch.Tensor:

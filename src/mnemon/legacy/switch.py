@@ -6,14 +6,34 @@ from types import TracebackType
 from typing import final
 
 from mnemon.errors import MnemonError
-from mnemon.legacy import arguments, classes, contents, generation, lengths, loading, updates
+from mnemon.legacy import (
+    arguments,
+    classes,
+    contents,
+    generation,
+    lengths,
+    loading,
+    old_configs,
+    old_models,
+    updates,
+)
 from mnemon.legacy.patches import Patches
 from mnemon.legacy.warning import Notices
 
 __all__ = ["SWITCH", "Enabled", "Switch"]
 
 _REMOTE = "transformers_modules."
-_GROUPS = (lengths, contents, updates, arguments, classes, loading, generation)
+_GROUPS = (
+    lengths,
+    contents,
+    updates,
+    arguments,
+    classes,
+    loading,
+    old_configs,
+    old_models,
+    generation,
+)
 
 
 @final
