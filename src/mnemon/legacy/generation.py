@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel, __version__, cache_utils
 
+from mnemon.errors import CacheError
 from mnemon.legacy.callers import is_remote, names_used, remote_classes
 from mnemon.legacy.patches import Patches
 from mnemon.legacy.tuples import cache_for, is_tuple
@@ -94,6 +95,12 @@ def _generate(own: Callable[..., Any], notices: Notices, native: bool) -> Callab
     @functools.wraps(own)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         past = kwargs.get("past_key_values")
+        if isinstance(past, cache_utils.Cache) and _keeps_tuples(self):
+            raise CacheError(
+                f"{type(self).__name__} keeps its past in tuples and knows no cache class; got a "
+                f"{type(past).__name__}. Leave past_key_values out, or pass it a tuple "
+                "(cache.to_legacy_cache()) of its own layout."
+            )
         if past is not None and is_tuple(past):
             if _keeps_tuples(self):
                 kwargs["past_key_values"] = OldPast(past) if len(past) else None
@@ -125,7 +132,8 @@ def _old_inputs(model: Any, given: dict[str, Any], native: bool) -> Iterator[Non
     """While `generate` runs, a remote model's own preparation of inputs gets what it expects.
 
     That is: a mask also where it hides nothing; and where the preparation is its own,
-    `cache_position`, no position ids but the caller's, and no arguments of today.
+    `cache_position`, no position ids but the caller's, and no arguments of today. A cache reorders
+    itself.
     """
     prepare = model.prepare_inputs_for_generation
     function = inspect.unwrap(getattr(prepare, "__func__", prepare))
@@ -140,9 +148,9 @@ def _old_inputs(model: Any, given: dict[str, Any], native: bool) -> Iterator[Non
     @functools.wraps(prepare)
     def prepare_as_of_old(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         held, num_new = _lengths(input_ids, kwargs.get("next_sequence_length"), kwargs)
-        added = [name for name in _ADDED_ARGUMENTS if name not in wanted]
-        added += [name for name in _POSITIONS if name not in given]
-        for name in added if its_own else ():
+        unknown = [name for name in _ADDED_ARGUMENTS if name not in wanted]
+        unknown += [name for name in _POSITIONS if name not in given]
+        for name in unknown if its_own else ():
             kwargs.pop(name, None)
         if "cache_position" in wanted and kwargs.get("cache_position") is None:
             new = torch.arange(held, held + num_new, device=input_ids.device)
@@ -153,11 +161,29 @@ def _old_inputs(model: Any, given: dict[str, Any], native: bool) -> Iterator[Non
             kwargs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], length)
         return prepare(input_ids, *args, **kwargs)
 
-    model.prepare_inputs_for_generation = prepare_as_of_old
+    added: dict[str, Callable[..., Any]] = {"prepare_inputs_for_generation": prepare_as_of_old}
+    own_reordering = getattr(model, "_reorder_cache", None)
+    if own_reordering is not None and "_reorder_cache" not in vars(model):
+        added["_reorder_cache"] = _reordering(own_reordering)
+    vars(model).update(added)
     try:
         yield
     finally:
-        del model.prepare_inputs_for_generation
+        for name in added:
+            del vars(model)[name]
+
+
+def _reordering(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's own reordering for tuples only: of old a cache was asked to do it itself."""
+
+    @functools.wraps(own)
+    def reorder(past_key_values: Any, beam_idx: torch.Tensor) -> Any:
+        if isinstance(past_key_values, cache_utils.Cache):
+            past_key_values.reorder_cache(beam_idx)  # type: ignore[arg-type]  # an int64 tensor
+            return past_key_values
+        return own(past_key_values, beam_idx)
+
+    return reorder
 
 
 def is_remote_function(function: Any) -> bool:

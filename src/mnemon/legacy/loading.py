@@ -1,7 +1,8 @@
 """What else keeps old modeling files from loading: imports, tied weights, buffers, rope_scaling."""
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -59,24 +60,35 @@ def _install_tied_weights(patches: Patches) -> None:
 
     @functools.wraps(own)
     def expand(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self._tied_weights_keys, (list, tuple, set)):
+        if is_remote(type(self)) and not isinstance(self._tied_weights_keys, dict):
             # On the instance: other code of transformers reads it too, long after loading.
-            self._tied_weights_keys = _tied_pairs(self)
+            self._tied_weights_keys = _tied_pairs(self, self._tied_weights_keys or ())
         return own(self, *args, **kwargs)
 
     patches.put(PreTrainedModel, "get_expanded_tied_weights_keys", expand)
 
 
-def _tied_pairs(model: Any) -> dict[str, str]:
-    """Which of the listed names is tied to which: the output embedding to the input embedding."""
+def _tied_pairs(model: Any, listed: Iterable[str]) -> dict[str, str]:
+    """Which weight is tied to which: the output embedding, and what is listed, to the input's.
+
+    Of old the output embedding was tied in any case; the list named what may be missing from a
+    file, such as the embeddings of an encoder and a decoder that share theirs.
+    """
     into, out_of = model.get_input_embeddings(), model.get_output_embeddings()
-    if into is None or out_of is None:
+    shared = getattr(into, "weight", None)
+    if shared is None:
         return {}
-    names = {id(module): name for name, module in model.named_modules()}
-    source, target = names.get(id(into)), names.get(id(out_of))
-    if source is None or target is None:
-        return {}
-    return {f"{target}.weight": f"{source}.weight"}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    source = names[id(into)]
+    found = {
+        name
+        for name, weight in weights.items()
+        if weight.shape == shared.shape and any(re.search(pattern, name) for pattern in listed)
+    }
+    if getattr(getattr(out_of, "weight", None), "shape", None) == shared.shape:
+        found.add(names[id(out_of)])
+    return dict.fromkeys(sorted(found - {source}), source)
 
 
 # -- buffers that are not saved: computed in __init__, lost on the meta device ---------------------
