@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 
 from mnemon.errors import CacheError, CapacityError, UnsupportedVerb
+from mnemon.hf.versions import current
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
 
 __all__ = ["ForeignLayer"]
@@ -123,7 +124,7 @@ class ForeignLayer(CacheLayer):
             )
         if num_tokens:
             try:
-                self._inner.crop(-num_tokens)
+                current.crop_layer(self._inner, num_tokens)
             except (RuntimeError, ValueError) as error:
                 raise CacheError(str(error)) from error
 

@@ -74,7 +74,10 @@ def _tied_pairs(model: Any, listed: Iterable[str]) -> dict[str, str]:
     Of old the output embedding was tied in any case; the list named what may be missing from a
     file, such as the embeddings of an encoder and a decoder that share theirs.
     """
-    into, out_of = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        into, out_of = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # a model that does not say where they are has none to tie
+        return {}
     shared = getattr(into, "weight", None)
     if shared is None:
         return {}

@@ -10,9 +10,10 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
-from mnemon.migrate.edit import Splice, span
-from mnemon.migrate.model import Finding, Place, Replacement, Status
+from mnemon.migrate import buffers, rope
+from mnemon.migrate.edit import span
 from mnemon.migrate.scope import ClassInfo, path_of
+from mnemon.migrate.splicing import Function, Pair, at_door, finding, spliced
 from mnemon.migrate.text import Source
 
 if TYPE_CHECKING:
@@ -60,11 +61,9 @@ WORDS = (
     "register_buffer",
     "ROPE_INIT_FUNCTIONS",
 )
-_Pair = tuple[Finding, Splice | None]
-_Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def find(source: Source, flow: Flow, *, is_old: bool) -> list[_Pair]:
+def find(source: Source, flow: Flow, *, is_old: bool) -> list[Pair]:
     """Every such place, with what stands there instead; None for what a person must decide.
 
     Args:
@@ -92,7 +91,7 @@ def find(source: Source, flow: Flow, *, is_old: bool) -> list[_Pair]:
     found += _lost(source, flow)
     for node, _ in models:
         for statement in node.body:
-            if not isinstance(statement, _Function):
+            if not isinstance(statement, Function):
                 continue
             # All on one line there is no place for another statement.
             has_place = statement.body[0].lineno > statement.lineno
@@ -112,9 +111,9 @@ def _bases(flow: Flow, info: ClassInfo) -> str:
     return ""
 
 
-def _lost(source: Source, flow: Flow) -> list[_Pair]:
+def _lost(source: Source, flow: Flow) -> list[Pair]:
     """What is gone after loading, and has no one thing in its place."""
-    found: list[_Pair] = []
+    found: list[Pair] = []
     for node in flow.book.nodes:
         if type(node) is ast.Compare:
             found += _scaling(source, node)
@@ -128,14 +127,14 @@ def _lost(source: Source, flow: Flow) -> list[_Pair]:
                     "models are made without memory since 5.0, so what is computed here is lost "
                     "on loading; compute it where it is used, or again in `_init_weights`"
                 )
-                found.append((_finding(source, "non_persistent_buffer", node, reason), None))
+                found.append((finding(source, "non_persistent_buffer", node, reason), None))
             case ast.Subscript(value=ast.Name(id="ROPE_INIT_FUNCTIONS")):
                 reason = 'it has no "default" since 5.0: compute that one in the module itself'
-                found.append((_finding(source, "rope_scaling", node, reason), None))
+                found.append((finding(source, "rope_scaling", node, reason), None))
     return found
 
 
-def _tied(source: Source, flow: Flow, node: ast.ClassDef, info: ClassInfo) -> list[_Pair]:
+def _tied(source: Source, flow: Flow, node: ast.ClassDef, info: ClassInfo) -> list[Pair]:
     for statement in node.body:
         match statement:
             case ast.Assign(
@@ -153,12 +152,12 @@ def _tied(source: Source, flow: Flow, node: ast.ClassDef, info: ClassInfo) -> li
         ]
         if embeddings is None or len(keys) != len(names) or not keys:
             reason = "it is a mapping today, and which weight they are tied to is not plain here"
-            return [(_finding(source, "tied_weights_keys", statement, reason), None)]
+            return [(finding(source, "tied_weights_keys", statement, reason), None)]
         pairs = ", ".join(f'"{key}": "{embeddings}.weight"' for key in keys)
         start, end = span(source, statement.value)
         message = "a list of tied weights -> which weight each is tied to"
         return [
-            _spliced(source, "tied_weights_keys", statement, start, end, f"{{{pairs}}}", message)
+            spliced(source, "tied_weights_keys", statement, start, end, f"{{{pairs}}}", message)
         ]
     return []
 
@@ -202,7 +201,7 @@ def _last(node: ast.expr) -> str:
     return (path_of(node) or "").rpartition(".")[2]
 
 
-def _scaling(source: Source, node: ast.AST) -> list[_Pair]:
+def _scaling(source: Source, node: ast.AST) -> list[Pair]:
     """`config.rope_scaling is None`, if that is what `node` is."""
     match node:
         case ast.Compare(
@@ -215,11 +214,11 @@ def _scaling(source: Source, node: ast.AST) -> list[_Pair]:
             equal = "==" if isinstance(sign, ast.Is) else "!="
             text = f'(({shown} or {{}}).get("rope_type", "default") {equal} "default")'
             message = "`rope_scaling` against None -> against what it is without scaling"
-            return [_spliced(source, "rope_scaling", node, start, end, text, message)]
+            return [spliced(source, "rope_scaling", node, start, end, text, message)]
     return []
 
 
-def _positions(source: Source, node: _Function) -> list[_Pair]:
+def _positions(source: Source, node: Function) -> list[Pair]:
     for block in _blocks(node):
         for at, statement in enumerate(block):
             match statement:
@@ -244,11 +243,11 @@ def _positions(source: Source, node: _Function) -> list[_Pair]:
             )
             _, end = span(source, statement)
             message = "generate passes the positions of the whole sequence: cut to the new tokens"
-            return [_spliced(source, "generate_position_ids", statement, end, end, text, message)]
+            return [spliced(source, "generate_position_ids", statement, end, end, text, message)]
     return []
 
 
-def _position_parameter(source: Source, node: _Function) -> list[_Pair]:
+def _position_parameter(source: Source, node: Function) -> list[Pair]:
     """Where `position_ids` comes as a parameter and is only made, and cut, while it is None."""
     if not any(argument.arg == "position_ids" for argument in node.args.args):
         return []
@@ -267,11 +266,11 @@ def _position_parameter(source: Source, node: _Function) -> list[_Pair]:
             f"{indent}    position_ids = position_ids[..., -input_ids.shape[1] :]{newline}"
         )
         message = "generate passes the positions of the whole sequence: cut to the new tokens"
-        return [_spliced(source, "generate_position_ids", node, start, start, text, message)]
+        return [spliced(source, "generate_position_ids", node, start, start, text, message)]
     return []
 
 
-def _attention_mask(source: Source, flow: Flow, node: _Function) -> list[_Pair]:
+def _attention_mask(source: Source, flow: Flow, node: Function) -> list[Pair]:
     names = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
     if not flow.target.at_least("5.4") or not {"attention_mask", "input_ids"} <= names:
         return []
@@ -283,19 +282,7 @@ def _attention_mask(source: Source, flow: Flow, node: _Function) -> list[_Pair]:
         "    attention_mask = input_ids.new_ones(input_ids.shape)",
     )
     message = "generate passes no mask of ones: made where there is none"
-    return [_at_door(source, "generate_attention_mask", node, lines, message)]
-
-
-def _at_door(
-    source: Source, rule: str, node: _Function, lines: tuple[str, ...], message: str
-) -> _Pair:
-    """Lines before the first statement of a function, after its docstring."""
-    is_documented = ast.get_docstring(node, clean=False) is not None and len(node.body) > 1
-    first = node.body[1] if is_documented else node.body[0]
-    start = source.starts[first.lineno - 1]
-    indent = source.utf8[start : start + first.col_offset].decode()
-    new = "".join(f"{indent}{line}{source.newline}" for line in lines)
-    return _spliced(source, rule, node, start, start, new, message)
+    return [at_door(source, "generate_attention_mask", node, lines, message)]
 
 
 def _is_cut(node: ast.stmt) -> bool:
@@ -311,7 +298,7 @@ def _blocks(node: ast.AST) -> list[list[ast.stmt]]:
     ]
 
 
-def _cache_position(source: Source, flow: Flow, node: _Function) -> list[_Pair]:
+def _cache_position(source: Source, flow: Flow, node: Function) -> list[Pair]:
     names = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
     wanted = {"cache_position", "past_key_values", "input_ids"}
     if not flow.target.at_least("5.4") or not wanted <= names:
@@ -322,7 +309,7 @@ def _cache_position(source: Source, flow: Flow, node: _Function) -> list[_Pair]:
         return []
     if "torch" not in flow.module.every:
         reason = "generate passes no `cache_position` today; compute it from the cache's length"
-        return [(_finding(source, "generate_cache_position", node, reason), None)]
+        return [(finding(source, "generate_cache_position", node, reason), None)]
     lines = (
         "if cache_position is None:",
         "    cache_position = torch.arange(",
@@ -332,35 +319,4 @@ def _cache_position(source: Source, flow: Flow, node: _Function) -> list[_Pair]:
         "    )",
     )
     message = "generate passes no `cache_position`: made from the cache's length"
-    return [_at_door(source, "generate_cache_position", node, lines, message)]
-
-
-def _finding(source: Source, rule: str, node: ast.stmt | ast.expr, reason: str) -> Finding:
-    place = _place(source, *_head(source, node))
-    return Finding(rule=rule, status=Status.UNDECIDED, place=place, message=reason)
-
-
-def _spliced(
-    source: Source, rule: str, node: ast.stmt | ast.expr, start: int, end: int, text: str, why: str
-) -> _Pair:
-    finding = Finding(
-        rule=rule,
-        status=Status.REWRITTEN,
-        place=_place(source, *_head(source, node)),
-        message=why,
-        replacement=Replacement(place=_place(source, start, end), text=text),
-    )
-    return finding, Splice(start, end, text.encode())
-
-
-def _head(source: Source, node: ast.stmt | ast.expr) -> tuple[int, int]:
-    start, end = span(source, node)
-    if isinstance(node, _Function):
-        end = start + source.utf8[start:end].index(node.name.encode()) + len(node.name.encode())
-    return start, end
-
-
-def _place(source: Source, start: int, end: int) -> Place:
-    line, column = source.position(start)
-    end_line, end_column = source.position(end)
-    return Place(line=line, column=column, end_line=end_line, end_column=end_column)
+    return [at_door(source, "generate_cache_position", node, lines, message)]

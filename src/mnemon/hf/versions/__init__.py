@@ -13,6 +13,7 @@ that changes what they rest on gets a file of its own, named after the first rel
 ``layer_classes``       name of a layer -> transformers' own growing and static class, or None
 ``why_not_served``      why no common cache can serve a config, or None
 ``tokens_to_remove``    what the argument of ``crop`` means
+``crop_layer``          takes tokens back from a layer of transformers' own
 ``collects_attentions`` whether modules are being watched for attention weights
 ``ONLY_WITH_PROMPT``    inputs that ``generate`` feeds with the prompt only
 ``CHUNKS_CACHED_AGAIN`` whether ``prefill_chunk_size`` begins with the first token, cached or not

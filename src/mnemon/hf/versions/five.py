@@ -19,6 +19,7 @@ __all__ = [
     "PreTrainedConfig",
     "announce_cached",
     "collects_attentions",
+    "crop_layer",
     "first_inputs",
     "layer_classes",
     "prepare_layers",
@@ -58,6 +59,10 @@ def why_not_served(decoder: PreTrainedConfig) -> str | None:
 
 def announce_cached(arguments: dict[str, Any], start: int, stop: int) -> None:
     """Nothing: a mask that is longer than the ids says it."""
+
+
+def crop_layer(layer: Any, count: int) -> None:
+    layer.crop(-count)
 
 
 def collects_attentions() -> bool:

@@ -24,6 +24,7 @@ __all__ = [
     "PreTrainedConfig",
     "announce_cached",
     "collects_attentions",
+    "crop_layer",
     "first_inputs",
     "layer_classes",
     "layer_types",
@@ -158,6 +159,10 @@ def tokens_to_remove(given: int, num_tokens: int) -> int:
 def announce_cached(arguments: dict[str, Any], start: int, stop: int) -> None:
     # `generate` takes what it is given for the beginning of the prompt, unless it is told.
     arguments["cache_position"] = torch.arange(start, stop)
+
+
+def crop_layer(layer: Any, count: int) -> None:
+    layer.crop(-count)
 
 
 def collects_attentions() -> bool:

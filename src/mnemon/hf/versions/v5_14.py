@@ -1,5 +1,6 @@
 """transformers 5.14 to 5.18: one set of options for all layers; `crop(n)` is a final size."""
 
+import inspect
 from typing import Any, Final
 
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -32,6 +33,7 @@ __all__ = [
     "PreTrainedConfig",
     "announce_cached",
     "collects_attentions",
+    "crop_layer",
     "first_inputs",
     "layer_classes",
     "layer_types",
@@ -67,6 +69,17 @@ def layer_types(decoder: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
         )
         for name in names
     ]
+
+
+def crop_layer(layer: Any, count: int) -> None:
+    # Given what to remove, MiniMax M3's layer of 5.14 removes twice as many of its index keys.
+    if "max_length" in inspect.signature(layer.crop).parameters:
+        left = layer.get_seq_length() - count
+        layer.crop(max(left, 1))
+        if left == 0:  # a final size of 0 cannot be asked for
+            layer.crop(-1)
+    else:
+        layer.crop(-count)
 
 
 def why_not_served(decoder: PreTrainedConfig) -> str | None:
