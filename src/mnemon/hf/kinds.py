@@ -1,7 +1,7 @@
 """From a transformers config to what every decoder layer keeps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mnemon.errors import ModelError, NotServed
@@ -75,7 +75,12 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
             f"Cannot tell what the layers of a {decoder.model_type!r} model keep ({error}); "
             f"pass the config of a model that generates text."
         ) from error
-    return [_spec(name, options, decoder) for name, options in found]
+    # Of a multimodal model it is the whole that counts keys (PaliGemma), not its decoder alone.
+    types = {str(config.model_type), str(decoder.model_type)}
+    grows_only = not types.isdisjoint(current.GROW_ONLY)
+    return [
+        replace(_spec(name, options, decoder), counts_keys=grows_only) for name, options in found
+    ]
 
 
 def _spec(name: str, options: dict[str, Any], decoder: PreTrainedConfig) -> LayerSpec:
@@ -83,7 +88,7 @@ def _spec(name: str, options: dict[str, Any], decoder: PreTrainedConfig) -> Laye
     num_states = options.get("number_of_states", 1)
     match name:
         case "full_attention":
-            return LayerSpec(counts_keys=decoder.model_type in current.GROW_ONLY)
+            return LayerSpec()
         case "sliding_attention" | "chunked_attention":
             return LayerSpec(window=window)
         case "indexed_attention":

@@ -42,6 +42,11 @@ def build(spec: LayerSpec, recipe: Recipe) -> CacheLayer:
     Raises:
         RecipeError: a recipe under which the model would compute something else.
     """
+    if recipe.static_tokens is not None and spec.counts_keys:
+        raise RecipeError(
+            f"{recipe} does not fit this model: its attention takes every key it is handed for a "
+            f"real one, and a preallocated layer has empty ones. Use the default recipe."
+        )
     if spec.foreign is not None:
         return _foreign(spec.foreign, spec.foreign_static, recipe)
     if spec.keeps_nothing:
@@ -73,11 +78,6 @@ def _foreign(
 
 def _attention(spec: LayerSpec, recipe: Recipe) -> CacheLayer:
     max_tokens = recipe.static_tokens
-    if max_tokens is not None and spec.counts_keys:
-        raise RecipeError(
-            f"{recipe} does not fit this model: its attention takes every key it is handed for a "
-            f"real one, and a preallocated layer has empty ones. Use the default recipe."
-        )
     if max_tokens is None:
         return DenseLayer() if spec.window is None else WindowLayer(spec.window)
     if spec.window is None:

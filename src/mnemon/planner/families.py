@@ -46,7 +46,7 @@ ENCODER_DECODER = BART_LIKE | T5_LIKE
 MODEL_TYPES = PLAIN | LATENT | STATEFUL | ENCODER_DECODER
 
 # Their attention counts the keys it is handed, so `static(n)` (and StaticCache) cannot serve them.
-NO_STATIC = frozenset({"bloom", "gpt_neo", "led"})
+NO_STATIC = frozenset({"bloom", "gpt_neo", "led", "paligemma"})
 
 # Multimodal models: the section that generates text, and its type where the section names none.
 COMPOSITES = {

@@ -38,7 +38,7 @@ ONLY_WITH_PROMPT: Final = frozenset({"pixel_values", "pixel_values_videos", "inp
 FEEDS_CACHED_AGAIN: Final = False
 CHUNKS_CACHED_AGAIN: Final = True
 #: BLOOM makes room for empty keys in its position bias for transformers' own StaticCache only.
-GROW_ONLY: Final = frozenset({"gpt_neo", "led", "bloom"})
+GROW_ONLY: Final = frozenset("bloom gpt_neo led paligemma".split())
 PADDING_POSITION: Final = 1
 
 #: What keeps the states of models that take no common cache, by model type. A test asks

@@ -47,7 +47,7 @@ __all__ = [
 ONLY_WITH_PROMPT: Final = frozenset({"pixel_values", "pixel_values_videos", "input_features"})
 CHUNKS_CACHED_AGAIN: Final = True
 #: BLOOM makes room for empty keys in its position bias for transformers' own StaticCache only.
-GROW_ONLY: Final = frozenset({"gpt_neo", "led", "bloom"})
+GROW_ONLY: Final = frozenset("bloom gpt_neo inkling_text led minimax_m3_vl_text paligemma".split())
 
 # Options that belong to some types only, and are handed to all.
 _BELONGS: Final = {

@@ -44,4 +44,4 @@ __all__ = [
 
 CHUNKS_CACHED_AGAIN: Final = True
 #: BLOOM makes room for empty keys in its position bias for transformers' own StaticCache only.
-GROW_ONLY: Final = frozenset({"gpt_neo", "led", "bloom"})
+GROW_ONLY: Final = frozenset("bloom gpt_neo inkling_text led minimax_m3_vl_text paligemma".split())

@@ -46,7 +46,7 @@ __all__ = [
 
 ONLY_WITH_PROMPT: Final = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 CHUNKS_CACHED_AGAIN: Final = False
-GROW_ONLY: Final = frozenset({"gpt_neo", "led"})
+GROW_ONLY: Final = frozenset("gpt_neo inkling_text led minimax_m3_vl_text paligemma".split())
 
 
 def layer_types(decoder: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
