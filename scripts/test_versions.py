@@ -31,7 +31,9 @@ SUITES = (
     "tests/hf",
     "tests/attention",
     "tests/files",
-    *(f"tests/test_{name}.py" for name in ("cache", "binding", "binding_generate", "prefill")),
+    "tests/names",
+    "tests/legacy",
+    *(f"tests/test_{name}.py" for name in ("cache", "legacy_form", "binding", "binding_generate", "prefill")),
     *(f"tests/test_{name}.py" for name in ("binding_tracking", "files", "errors", "exports")),
     *(f"tests/test_{name}.py" for name in ("recipe", "token_log")),
 )
