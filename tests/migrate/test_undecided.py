@@ -48,6 +48,23 @@ def test_it_is_reported_and_left(source: str, rule: str) -> None:
         assert finding.place.line > 1
 
 
+def test_a_cache_that_fills_its_lists_itself_is_left_whole() -> None:
+    body = (
+        "class C(DynamicCache):\n"
+        "    def update(self, k, v, i, kwargs=None):\n"
+        "        if len(self.key_cache) <= i:\n"
+        "            self.key_cache.append(k)\n"
+        "        else:\n"
+        "            self.key_cache[i] = g(self.key_cache[i], k)\n"
+        "        return self.key_cache[i], v\n"
+    )
+    found = migrate(HEADER + body)
+    assert not found.changed
+    assert {f.rule for f in found.of(Status.UNDECIDED)} == {"key_cache"}
+    # One that leaves the filling to its base class moves.
+    assert migrate(HEADER + body.replace("self.key_cache.append(k)", "pass")).changed
+
+
 def test_the_place_is_exact() -> None:
     source = f"{HEADER}\ndef f(cache: Cache):\n\tä = 'é'; cache.seen_tokens = 3\n"
     place = migrate(source).findings[0].place

@@ -42,7 +42,8 @@ def diffs(results: list[FileResult]) -> None:
 
 def _diff(result: FileResult) -> Iterator[str]:
     before, after = (_lines(content) for content in (result.before, result.after))
-    names = f"a/{result.path}", f"b/{result.path}"
+    path = str(result.path).removeprefix("./").lstrip("/")
+    names = f"a/{path}", f"b/{path}"
     for line in difflib.unified_diff(before, after, *names, lineterm=""):
         colour = "bold" if line.startswith(("+++", "---")) else _COLOURS.get(line[:1])
         shown = line.rstrip("\r")

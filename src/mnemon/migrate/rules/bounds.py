@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _MODERN = {
     "max_cache_len": "X.get_max_length()",
-    "max_batch_size": "X.layers[0].max_batch_size",
+    "max_batch_size": "X.layers[0].batch_size",
 }
 
 

@@ -22,6 +22,7 @@ from mnemon.migrate.values import Value
 
 if TYPE_CHECKING:
     from mnemon.migrate.flow import Flow
+    from mnemon.migrate.scope import ClassInfo
 
 _PART = {"key_cache": "keys", "value_cache": "values"}
 _READERS = {"enumerate", "list", "tuple", "zip", "reversed", "sorted", "any", "all", "sum", "map"}
@@ -43,6 +44,15 @@ class Lists(Rule):
             return
         if receiver is Receiver.MAYBE:
             book.undecided(key, node, unknown_reason(node.value, base))
+            return
+        owner = flow.scope.owner
+        if owner is not None and ast.unparse(node.value) == "self" and _keeps_lists(owner):
+            book.undecided(
+                key,
+                node,
+                f"`{owner.name}` fills this list itself: make it in `__init__`, which no base class "
+                f"does today (`self.{key} = []`), or move to `layers` as a whole",
+            )
             return
         part = _PART[key]
         parent = book.parent(node)
@@ -150,6 +160,17 @@ class Lists(Rule):
             book.undecided(key, node, "the list of a StaticCache was never empty")
         else:
             book.rewrite(key, node, node, _length, f"`{key}` as a test -> `get_seq_length()`")
+
+
+def _keeps_lists(owner: ClassInfo) -> bool:
+    """Whether a cache's own `update` appends to its lists: half of that moved would be worse."""
+    update = owner.methods.get("update")
+    return update is not None and any(
+        isinstance(node, ast.Attribute)
+        and node.attr == "append"
+        and ast.unparse(node.value) in {f"self.{name}" for name in _PART}
+        for node in ast.walk(update.node)
+    )
 
 
 def _pair(first: ast.expr, second: ast.expr) -> bool:
