@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mnemon.cli import output
+from mnemon.errors import MigrateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +58,10 @@ def command(
     from mnemon.migrate.run import migrate_files
     from mnemon.migrate.run import write as write_file
 
-    chosen = Target.parse(target)
+    try:
+        chosen = Target.parse(target)
+    except MigrateError as error:
+        raise typer.BadParameter(str(error), param_hint="--target") from error
     if list_rules:
         migrate_report.rules(as_json=as_json)
         return

@@ -30,9 +30,7 @@ class Target:
             MigrateError: not one of `TARGETS`.
         """
         if text not in TARGETS:
-            raise MigrateError(
-                f"--target {text!r} is not known; expected one of {', '.join(TARGETS)}"
-            )
+            raise MigrateError(f"{text!r} is not a target; expected one of {', '.join(TARGETS)}")
         return cls(text)
 
     def lacks(self, key: str) -> bool:

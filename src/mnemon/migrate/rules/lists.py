@@ -50,8 +50,8 @@ class Lists(Rule):
             book.undecided(
                 key,
                 node,
-                f"`{owner.name}` fills this list itself: make it in `__init__`, which no base class "
-                f"does today (`self.{key} = []`), or move to `layers` as a whole",
+                f"`{owner.name}` fills this list itself: make it in `__init__`, which no base "
+                f"class does today (`self.{key} = []`), or move to `layers` as a whole",
             )
             return
         part = _PART[key]
