@@ -33,9 +33,9 @@ SUITES = (
     "tests/files",
     "tests/names",
     "tests/legacy",
-    *(f"tests/test_{name}.py" for name in ("cache", "legacy_form", "binding", "binding_generate", "prefill")),
-    *(f"tests/test_{name}.py" for name in ("binding_tracking", "files", "errors", "exports")),
-    *(f"tests/test_{name}.py" for name in ("recipe", "token_log")),
+    *(f"tests/test_{name}.py" for name in ("cache", "legacy_form", "binding", "prefill")),
+    *(f"tests/test_{name}.py" for name in ("binding_generate", "binding_tracking", "files")),
+    *(f"tests/test_{name}.py" for name in ("errors", "exports", "recipe", "token_log")),
 )
 KINDS = {"equal": "green", "different": "bold red", "error": "bold red", "n/a": "dim"}
 

@@ -48,12 +48,15 @@ def is_remote(model_class: type) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def names_used(classes: tuple[type, ...]) -> frozenset[str]:
-    """Names that the functions of `classes` mention: globals, attributes and methods."""
+    """Names that `classes` and the functions beside them mention: globals, attributes, methods."""
     found: set[str] = set()
-    for owner in classes:
+    homes = {owner.__module__ for owner in classes}
+    files = [sys.modules[home] for home in homes if home in sys.modules]
+    for owner in (*classes, *files):
         for value in vars(owner).values():
             function = inspect.unwrap(getattr(value, "__func__", value))
-            if inspect.isfunction(function):
+            # Of a file its own functions: helpers that the classes call.
+            if inspect.isfunction(function) and function.__module__ in homes:
                 for code in _codes(function.__code__):
                     found.update(code.co_names)
     return frozenset(found)

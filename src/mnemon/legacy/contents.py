@@ -1,5 +1,7 @@
 """What a cache holds, read and written like the tuples and lists of old."""
 
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +11,10 @@ from mnemon.cache import Cache as MnemonCache
 from mnemon.errors import CacheError
 from mnemon.legacy.callers import old_code_calls
 from mnemon.legacy.hosts import ROOT, OldAttribute, is_mnemon, is_pair, replace_everywhere
+from mnemon.legacy.own_lists import keeps_lists
 from mnemon.legacy.patches import Patches
 from mnemon.legacy.tuples import from_pairs
-from mnemon.legacy.views import LayerTensors, Side, held
+from mnemon.legacy.views import LayerTensors, Side, held, waiting
 from mnemon.legacy.warning import Notices
 
 __all__ = ["entry", "install"]
@@ -32,6 +35,8 @@ def install(patches: Patches, notices: Notices) -> None:
         replace_everywhere(patches, "__iter__", lambda own: _iterate(own, notices))
         if not hasattr(ROOT, "__iter__"):
             patches.put(ROOT, "__iter__", _iterate(None, notices))
+        replace_everywhere(patches, "__len__", _length)
+        patches.put(MnemonCache, "fork", _fork(MnemonCache.fork))
 
     def to_legacy_cache(self: Any) -> tuple[tuple[Any, ...], ...]:
         """A tuple with one entry per layer that holds tokens; the tensors themselves."""
@@ -45,11 +50,43 @@ def install(patches: Patches, notices: Notices) -> None:
             past_key_values = tuple(p for p in _entries(past_key_values) if p[0] is not None)
         if issubclass(cls, MnemonCache):
             return cls.from_legacy(past_key_values)
+        if not _is_own(cls):
+            cache = cls()
+            for index, (keys, values) in enumerate(past_key_values or ()):
+                cache.update(keys, values, index)  # it may count, or drop, what comes
+            return cache
         return from_pairs(past_key_values, cls)
 
     for owner in (cache_utils.DynamicCache, cache_utils.EncoderDecoderCache, MnemonCache):
         patches.add(owner, "to_legacy_cache", to_legacy_cache)
         patches.add(owner, "from_legacy_cache", classmethod(from_legacy_cache))
+
+
+def _is_own(cls: type) -> bool:
+    """Whether transformers wrote the `update` of a class."""
+    return str(cls.update.__module__) == cache_utils.__name__  # type: ignore[attr-defined]
+
+
+def _length(own: Callable[..., int]) -> Callable[..., int]:
+    """Layers; for old code those that hold tokens, as there were no others."""
+
+    def length(self: Any) -> int:
+        if not old_code_calls() or keeps_lists(self):
+            return own(self)
+        part = getattr(self, "self_attention_cache", self)
+        return sum(held(layer, "keys") is not None for layer in part.layers)
+
+    return length
+
+
+def _fork(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def fork(self: Any) -> Any:
+        for index, layer in enumerate(self.layers):
+            if waiting(layer):
+                entry(self, index)  # raises: half of it is written
+        return own(self)
+
+    return functools.wraps(own)(fork)
 
 
 def entry(cache: Any, index: int) -> tuple[Any, ...]:
@@ -59,7 +96,8 @@ def entry(cache: Any, index: int) -> tuple[Any, ...]:
         KeyError: there is no such layer (what caches always raised).
     """
     count = len(cache)
-    if not isinstance(index, int) or not -count <= index < count:
+    index = operator.index(index)
+    if not -count <= index < count:
         raise KeyError(
             f"Cache only has {count} layers, attempted to access layer with index {index}"
         )
@@ -67,7 +105,14 @@ def entry(cache: Any, index: int) -> tuple[Any, ...]:
         own, cross = cache.self_attention_cache, cache.cross_attention_cache
         encoded = entry(cross, index) if len(cross) > index else (None, None)
         return entry(own, index) + encoded
+    if keeps_lists(cache):
+        return cache.key_cache[index], cache.value_cache[index]
     layer = cache.layers[index]
+    if waiting(layer):
+        raise CacheError(
+            f"Layer {index}: key_cache and value_cache were given tensors of different lengths. "
+            "Assign both first."
+        )
     return held(layer, "keys"), held(layer, "values")
 
 
@@ -85,7 +130,8 @@ def _iterate(own: Callable[[Any], Iterator[Any]] | None, notices: Notices) -> Ca
         if own is not None and not old_code_calls():
             return own(self)
         notices.give("iteration")
-        return (entry(self, index) for index in range(len(self)))
+        # Of old there were no layers before their first tokens.
+        return (pair for pair in _entries(self) if pair[0] is not None)
 
     return iterate
 

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel, __version__, cache_utils
 
+from mnemon.cache import Cache as MnemonCache
 from mnemon.errors import CacheError
+from mnemon.layers import DenseLayer
 from mnemon.legacy.callers import is_remote, names_used, remote_classes
+from mnemon.legacy.hosts import is_pair
 from mnemon.legacy.patches import Patches
 from mnemon.legacy.tuples import cache_for, is_tuple
 from mnemon.legacy.warning import Notices
@@ -138,16 +141,24 @@ def _old_inputs(model: Any, given: dict[str, Any], native: bool) -> Iterator[Non
     prepare = model.prepare_inputs_for_generation
     function = inspect.unwrap(getattr(prepare, "__func__", prepare))
     wrapped = "prepare_inputs_for_generation" in vars(model)
-    if native or wrapped or not _wrote_itself(model):
+    its_own = is_remote_function(function)
+    if native or wrapped or not (its_own or _wrote_itself(model)):
         yield
         return
-    its_own = is_remote_function(function)
     wanted = inspect.signature(function).parameters
     masked = "attention_mask" in inspect.signature(model.forward).parameters
 
+    num_embedded = 0  # tokens of the prompt that came as embeddings: the ids lack them
+
     @functools.wraps(prepare)
     def prepare_as_of_old(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal num_embedded
+        embeds, past = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         held, num_new = _lengths(input_ids, kwargs.get("next_sequence_length"), kwargs)
+        if isinstance(past, tuple) and held:
+            held += num_embedded
+        elif embeds is not None and not held:
+            num_embedded = embeds.shape[1] - input_ids.shape[1]
         unknown = [name for name in _ADDED_ARGUMENTS if name not in wanted]
         unknown += [name for name in _POSITIONS if name not in given]
         for name in unknown if its_own else ():
@@ -159,6 +170,10 @@ def _old_inputs(model: Any, given: dict[str, Any], native: bool) -> Iterator[Non
             # Today's `generate` drops a mask of ones; old code reads its length.
             length = max(held + num_new, input_ids.shape[1])
             kwargs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], length)
+        if its_own and embeds is not None and isinstance(past, cache_utils.Cache) and not held:
+            # Of old there was no cache before the first step, and embeddings were taken then only.
+            prepared = prepare(input_ids, *args, **{**kwargs, "past_key_values": None})
+            return {**prepared, "past_key_values": past}
         return prepare(input_ids, *args, **kwargs)
 
     added: dict[str, Callable[..., Any]] = {"prepare_inputs_for_generation": prepare_as_of_old}
@@ -212,19 +227,31 @@ def _prepare_cache(own: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(self: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kw: Any) -> Any:
         name = "past_key_values"
         users = model_kwargs.get(name)
+        if isinstance(users, MnemonCache) and _masks_by_itself(self):
+            _keep_every_token(users)
         plain = generation_config.cache_implementation in (None, "dynamic")
         if plain and (isinstance(users, OldPast) or (users is None and _keeps_tuples(self))):
             return None
         result = own(self, generation_config, model_kwargs, *args, **kw)
         made = model_kwargs.get(name)
-        if users is None and type(made) is cache_utils.DynamicCache and any(made.is_sliding):
+        if users is None and type(made) is cache_utils.DynamicCache:
             kinds = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}
             if {type(layer) for layer in made.layers} <= kinds and _masks_by_itself(self):
-                # Of old a cache kept every token, and the model's mask cut the window out of it.
+                # Of old a cache had no layers before their first tokens and kept every token; the
+                # model's mask cut the window out of it.
                 model_kwargs[name] = cache_utils.DynamicCache()
         return result
 
     return prepare
+
+
+def _keep_every_token(cache: MnemonCache) -> None:
+    """Let the windows of an empty cache grow, for a model whose own mask cuts them out."""
+    if cache.num_tokens or is_pair(cache):
+        return
+    for index, layer in enumerate(cache.layers):
+        if layer.is_sliding and layer.is_pair and not layer.is_compileable:
+            cache.layers[index] = DenseLayer()
 
 
 # -- forward ---------------------------------------------------------------------------------------

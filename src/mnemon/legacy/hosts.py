@@ -83,9 +83,9 @@ class OldAttribute:
             return self
         if self._key in vars(cache):
             return vars(cache)[self._key]
-        if not is_own_cache(cache):
-            if self._key == "seen_tokens" and "_seen_tokens" in vars(cache):
-                return vars(cache)["_seen_tokens"]  # the counter that such classes keep
+        if self._key == "seen_tokens" and "_seen_tokens" in vars(cache):
+            return vars(cache)["_seen_tokens"]  # the counter that a class keeps itself
+        if "layers" not in vars(cache) and not is_pair(cache):
             raise AttributeError(f"{type(cache).__name__!r} object has no attribute {self._key!r}")
         self._notices.give(self._key)
         return self._read(cache)

@@ -6,6 +6,7 @@ from typing import Any
 
 from mnemon.legacy.callers import is_own_cache, old_code_calls
 from mnemon.legacy.hosts import ROOT, OldAttribute, replace_everywhere
+from mnemon.legacy.own_lists import keeps_lists
 from mnemon.legacy.patches import Patches
 from mnemon.legacy.warning import Notices
 
@@ -43,7 +44,9 @@ UNCOUNTED = Uncounted()
 
 
 def install(patches: Patches, notices: Notices) -> None:
-    patches.add(ROOT, "seen_tokens", OldAttribute(notices, "seen_tokens", UNCOUNTED.read))
+    patches.add(
+        ROOT, "seen_tokens", OldAttribute(notices, "seen_tokens", UNCOUNTED.read, UNCOUNTED.write)
+    )
     patches.add(
         ROOT,
         "_seen_tokens",
@@ -77,6 +80,7 @@ def install(patches: Patches, notices: Notices) -> None:
 
     patches.add(ROOT, "get_max_length", get_max_length)
     replace_everywhere(patches, "crop", lambda own: _crop(own, notices))
+    replace_everywhere(patches, "reset", _reset)
 
 
 def _max_length(own: Callable[..., Any], notices: Notices) -> Callable[..., Any]:
@@ -93,7 +97,9 @@ def _max_length(own: Callable[..., Any], notices: Notices) -> Callable[..., Any]
 
 def _limit(cache: Any) -> int | None:
     """Room in tokens, None where there is no bound."""
-    if not is_own_cache(cache):
+    if keeps_lists(cache):
+        return None
+    if not is_own_cache(cache) and "get_max_length" in vars(type(cache)):
         ask = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape
         found = ask()
         return None if found is None or found < 0 else int(found)
@@ -105,6 +111,8 @@ def _limit(cache: Any) -> int | None:
 
 
 def _layer_limit(layer: Any) -> int | None:
+    if not layer.is_compileable:
+        return None  # it grows: what a window forgets is no bound on what may come
     for name in ("max_length", "max_cache_len"):
         limit = getattr(layer, name, None)
         if isinstance(limit, int):
@@ -120,6 +128,14 @@ def _max_cache_len(cache: Any) -> int | None:
 def _max_batch_size(cache: Any) -> int | None:
     sizes = {getattr(layer, "batch_size", -1) for layer in cache.layers}
     return max((size for size in sizes if size > 0), default=None)
+
+
+def _reset(own: Callable[..., Any]) -> Callable[..., Any]:
+    def reset(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        UNCOUNTED.forget(self)
+
+    return reset
 
 
 def _crop(own: Callable[..., Any], notices: Notices) -> Callable[..., Any]:

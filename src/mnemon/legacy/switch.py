@@ -15,6 +15,7 @@ from mnemon.legacy import (
     loading,
     old_configs,
     old_models,
+    own_lists,
     updates,
 )
 from mnemon.legacy.patches import Patches
@@ -24,6 +25,7 @@ __all__ = ["SWITCH", "Enabled", "Switch"]
 
 _REMOTE = "transformers_modules."
 _GROUPS = (
+    own_lists,
     lengths,
     contents,
     updates,

@@ -32,11 +32,11 @@ class Notices:
         """Warn that the entry `key` of the table of names was used, if that is news."""
         if key in self._given:
             return
-        self._given.add(key)
         name = lookup(key)
         from transformers import __version__
 
         if name.there_in(__version__) and key not in _OTHER_MEANING:
+            self._given.add(key)
             return
         warnings.warn(
             f"{name.spelling} is not what it was in transformers {name.lived[0][0]} to "
@@ -44,6 +44,7 @@ class Notices:
             LegacyWarning,
             stacklevel=_level_of_user(),
         )
+        self._given.add(key)  # not before: as an error it would be said once and then pass
 
 
 def _level_of_user() -> int:

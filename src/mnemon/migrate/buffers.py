@@ -8,10 +8,8 @@ such buffers notes what it was made with; the file's models make another one and
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mnemon.migrate.edit import span
 from mnemon.migrate.scope import path_of
 from mnemon.migrate.splicing import Function, Pair, at_door, before, finding, line_after, spliced
 from mnemon.migrate.text import Source
@@ -33,7 +31,7 @@ _TEXT = f'''
 def {_HELPER}(module):
     """Compute again what is not saved: since transformers 5.0, loading leaves it undefined.
 
-    Returns whether nothing of this module is left to initialize.
+    Returns whether nothing of this module is left to initialize: its weights were loaded.
     """
     arguments = getattr(module, "{_NOTE}", None)
     if arguments is None:
@@ -49,7 +47,7 @@ def {_HELPER}(module):
     for name, value in vars(fresh).items():
         if isinstance(value, torch.Tensor):  # another name of a buffer
             setattr(module, name, value.to(device=device, dtype=getattr(module, name).dtype))
-    return next(module.parameters(), None) is None
+    return all(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters())
 '''
 
 
@@ -71,26 +69,35 @@ def find(source: Source, flow: Flow, *, may_edit: bool) -> list[Pair]:
         name: calls
         for name, calls in lost.items()
         if not _is_handled(classes[name], calls, "" if is_mended else told)
+        and (may_edit or name not in told)
+        and not (is_mended and _is_noted(_maker(classes[name], classes)))
     }
-    at_top = {id(call) for calls in lost.values() for call in calls}
-    found: list[Pair] = []
     if not lost:
         return []
     if not may_edit or not models or "torch" not in flow.module.every:
         return [_undecided(source, call, _LOST) for calls in lost.values() for call in calls]
-    noting: dict[str, ast.ClassDef] = {}
-    for name in [*lost, *_heirs(lost, classes)]:
-        node = classes[name]
-        maker = None if name in models else _maker(node, classes)
-        problem = _LOST if maker is None else _problem(maker, lost, classes)
+    problems: dict[str, str] = {}
+    makers: dict[str, ast.ClassDef] = {}
+    for name in (name for name in classes if _line(name, classes) & lost.keys()):
+        maker = _maker(classes[name], classes)
         if name in models:
-            problem = f"a whole model cannot be made again for it; {_LOST}"
-        if problem is not None:
-            found += [_undecided(source, call, problem) for call in lost.get(name, ())]
-        elif maker is not None and _takes_any(maker) is False:
-            noting[maker.name] = maker
-    assert at_top
-    if not noting and not is_mended:
+            problems[name] = f"a whole model is not made again for it; {_LOST}"
+        elif maker is None:
+            problems[name] = f"`__init__` is not in this file; {_LOST}"
+        elif (problem := _problem(maker, lost, classes)) is not None:
+            problems[name] = problem
+        elif not _takes_any(maker):
+            makers[name] = maker
+    # What one heir cannot say would be made with what its base was told: none of them then.
+    stuck = {base for name in problems for base in _line(name, classes)} & lost.keys()
+    found = [
+        _undecided(source, call, problems.get(name) or next(iter(problems.values())))
+        for name in lost
+        if _line(name, classes) & stuck
+        for call in lost[name]
+    ]
+    noting = {m.name: m for name, m in makers.items() if not _line(name, classes) & stuck}
+    if not noting:
         return found
     edits = [_noted(source, node) for node in noting.values() if not _is_noted(node)]
     edits += _doors(source, classes, models)
@@ -148,28 +155,22 @@ def _is_lost(node: ast.Call) -> bool:
 
 def _is_handled(node: ast.ClassDef, calls: list[ast.Call], told: str) -> bool:
     """Whether the file, or transformers itself, computes these again already."""
-    if node.name in told:
-        return True
-    names = {
-        name.value for call in calls for name in call.args[:1] if isinstance(name, ast.Constant)
-    }
+    firsts = [call.args[0] for call in calls if call.args]
+    names = {str(first.value) for first in firsts if isinstance(first, ast.Constant)}
     if names and all(f".{name}" in told for name in names):
         return True
-    # transformers does it for these; without the method there is no default to ask for.
-    return "original_inv_freq" in names and "RotaryEmbedding" in node.name
+    # As models of 5.x are written: transformers calls this method for them.
+    is_rope = "original_inv_freq" in names and "RotaryEmbedding" in node.name
+    return is_rope and _method(node, "compute_default_rope_parameters") is not None
 
 
-def _heirs(lost: dict[str, list[ast.Call]], classes: dict[str, ast.ClassDef]) -> Iterator[str]:
-    """Classes of the file that descend from one that loses something."""
-
-    def descends(node: ast.ClassDef) -> bool:
-        return any(
-            base in lost or (base in classes and descends(classes[base]))
-            for base in _bases(node)
-            if base != node.name
-        )
-
-    yield from (name for name, node in classes.items() if name not in lost and descends(node))
+def _line(name: str, classes: dict[str, ast.ClassDef]) -> set[str]:
+    """A class and those of this file that it descends from."""
+    found = {name}
+    for base in _bases(classes[name]):
+        if base in classes and base != name:
+            found |= _line(base, classes)
+    return found
 
 
 def _maker(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> ast.ClassDef | None:
@@ -229,8 +230,8 @@ def _super_call(init: ast.FunctionDef) -> ast.stmt | None:
     return None
 
 
-def _is_noted(node: ast.ClassDef) -> bool:
-    init = _method(node, "__init__")
+def _is_noted(node: ast.ClassDef | None) -> bool:
+    init = None if node is None else _method(node, "__init__")
     return init is not None and any(
         isinstance(part, ast.Attribute) and part.attr == _NOTE for part in ast.walk(init)
     )
@@ -279,6 +280,3 @@ def _doors(source: Source, classes: dict[str, ast.ClassDef], models: set[str]) -
         guard = (f"if {_HELPER}({module}):", "    return")
         found.append(at_door(source, KEY, door, guard, message))
     return found
-
-
-assert span

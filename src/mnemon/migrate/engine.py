@@ -26,7 +26,10 @@ _WORDS = re.compile(
     )
 )
 _OURS = re.compile(rb"transformers|past_key_value|modeling_utils|modeling_outputs|generation")
-_ENCODER = re.compile(rb"EncoderDecoder|encoder_hidden_states|encoder_outputs|cross_att")
+# Layers of four tensors. `encoder_hidden_states` alone may be a decoder that can also be one half.
+_ENCODER = re.compile(
+    rb"\bEncoderDecoderCache\b|\bencoder_outputs\b|past_key_values?\[(?:-?2\b|3\b|:2\b|0\]\[[23])"
+)
 _KEPT = re.compile(r"#\s*mnemon:\s*keep\b")
 
 Piece = tuple[int, int, bytes]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
-from mnemon.migrate import buffers, rope
+from mnemon.migrate import buffers, masks, removed, rope
 from mnemon.migrate.edit import span
 from mnemon.migrate.scope import ClassInfo, path_of
 from mnemon.migrate.splicing import Function, Pair, at_door, finding, spliced
@@ -35,8 +35,33 @@ EXTRA_RULES = {
     ),
     "non_persistent_buffer": (
         'self.register_buffer("inv_freq", inv_freq, persistent=False)',
-        "the same again in _init_weights",
+        "the same again in _init_weights, from what the module was made with",
         "Since 5.0 models are made without memory and only saved tensors are loaded.",
+    ),
+    "rope_default": (
+        "ROPE_INIT_FUNCTIONS[kind]",
+        '{"default": _default_rope_parameters, **ROPE_INIT_FUNCTIONS}[kind]',
+        "Since 5.0 the table has no default.",
+    ),
+    "mask_arguments": (
+        "create_causal_mask(input_embeds=x, cache_position=p, ...)",
+        "create_causal_mask(inputs_embeds=x, ...)",
+        "Since 5.10 masks take no `cache_position`.",
+    ),
+    "tie_word_embeddings": (
+        "class Model(PreTrainedModel) with _tied_weights_keys",
+        'if not hasattr(config, "tie_word_embeddings"): config.tie_word_embeddings = True',
+        "Since 5.0 configs have no such default, and weights would not be tied.",
+    ),
+    "config_default": (
+        "config.add_cross_attention",
+        'getattr(config, "add_cross_attention", False)',
+        "Since 5.0 configs have no defaults of that kind.",
+    ),
+    "get_head_mask": (
+        "self.get_head_mask(head_mask, n)",
+        "_get_head_mask(self, head_mask, n)",
+        "Since 5.0 models have no such method.",
     ),
     "generate_position_ids": (
         'position_ids = kwargs.get("position_ids")',
@@ -60,6 +85,9 @@ WORDS = (
     "prepare_inputs_for_generation",
     "register_buffer",
     "ROPE_INIT_FUNCTIONS",
+    "forced_bos_token_id",
+    "input_embeds",
+    "masking_utils",
 )
 
 
@@ -74,10 +102,12 @@ def find(source: Source, flow: Flow, *, is_old: bool) -> list[Pair]:
     """
     if not flow.target.at_least("5.0"):
         return []
+    found = rope.find(source, flow) + masks.find(source, flow)
+    found += removed.own_config_defaults(source, flow)
     if not any(
         info.is_model and "PreTrained" in _bases(flow, info) for info in flow.classes.values()
     ):
-        return []
+        return found
     models = [
         (node, info)
         for node in flow.tree.body
@@ -85,10 +115,13 @@ def find(source: Source, flow: Flow, *, is_old: bool) -> list[Pair]:
         and (info := flow.class_infos.get(id(node))) is not None
         and info.is_model
     ]
-    found = [pair for node, info in models for pair in _tied(source, flow, node, info)]
-    if not is_old and not found:
-        return []
-    found += _lost(source, flow)
+    found += [pair for node, info in models for pair in _tied(source, flow, node, info)]
+    is_old = is_old or bool(found)
+    found += buffers.find(source, flow, may_edit=is_old)
+    if not is_old:
+        return found
+    found += _scalings(source, flow)
+    found += removed.config_defaults(source, flow) + removed.head_masks(source, flow)
     for node, _ in models:
         for statement in node.body:
             if not isinstance(statement, Function):
@@ -111,27 +144,13 @@ def _bases(flow: Flow, info: ClassInfo) -> str:
     return ""
 
 
-def _lost(source: Source, flow: Flow) -> list[Pair]:
-    """What is gone after loading, and has no one thing in its place."""
-    found: list[Pair] = []
-    for node in flow.book.nodes:
-        if type(node) is ast.Compare:
-            found += _scaling(source, node)
-        match node:
-            case ast.Call(
-                func=ast.Attribute(attr="register_buffer"), args=[_, value, *_], keywords=words
-            ) if not isinstance(value, ast.Constant) and any(
-                word.arg == "persistent" and ast.unparse(word.value) == "False" for word in words
-            ):
-                reason = (
-                    "models are made without memory since 5.0, so what is computed here is lost "
-                    "on loading; compute it where it is used, or again in `_init_weights`"
-                )
-                found.append((finding(source, "non_persistent_buffer", node, reason), None))
-            case ast.Subscript(value=ast.Name(id="ROPE_INIT_FUNCTIONS")):
-                reason = 'it has no "default" since 5.0: compute that one in the module itself'
-                found.append((finding(source, "rope_scaling", node, reason), None))
-    return found
+def _scalings(source: Source, flow: Flow) -> list[Pair]:
+    return [
+        pair
+        for node in flow.book.nodes
+        if type(node) is ast.Compare
+        for pair in _scaling(source, node)
+    ]
 
 
 def _tied(source: Source, flow: Flow, node: ast.ClassDef, info: ClassInfo) -> list[Pair]:
@@ -153,16 +172,19 @@ def _tied(source: Source, flow: Flow, node: ast.ClassDef, info: ClassInfo) -> li
         if embeddings is None or len(keys) != len(names) or not keys:
             reason = "it is a mapping today, and which weight they are tied to is not plain here"
             return [(finding(source, "tied_weights_keys", statement, reason), None)]
+        keys = [_whole(flow, node, key) for key in keys]
         pairs = ", ".join(f'"{key}": "{embeddings}.weight"' for key in keys)
         start, end = span(source, statement.value)
         message = "a list of tied weights -> which weight each is tied to"
+        mapping = f"{{{pairs}}}"
         return [
-            spliced(source, "tied_weights_keys", statement, start, end, f"{{{pairs}}}", message)
+            spliced(source, "tied_weights_keys", statement, start, end, mapping, message),
+            removed.ties(source, node),
         ]
     return []
 
 
-def _embeddings(flow: Flow, node: ast.ClassDef) -> str | None:
+def _embeddings(flow: Flow, node: ast.ClassDef, depth: int = 0) -> str | None:
     """The path of the input embeddings inside a model of this class."""
     for part in node.body:
         match part:
@@ -177,11 +199,25 @@ def _embeddings(flow: Flow, node: ast.ClassDef) -> str | None:
             return attribute
     for attribute, call in made:
         inner = classes.get(_last(call.func))
-        if inner is not None and inner is not node:
-            own = [name for name, made_ in _made_in(inner) if _last(made_.func) == "Embedding"]
-            if own:
-                return f"{attribute}.{own[0]}"
+        if inner is not None and inner is not node and not depth:
+            own = _embeddings(flow, inner, 1)
+            if own is not None:
+                return f"{attribute}.{own}"
     return None
+
+
+def _whole(flow: Flow, node: ast.ClassDef, key: str) -> str:
+    """The path of a weight from this class, where old lists gave the last part of it."""
+    first = key.split(".")[0].lstrip("^")
+    classes = {c.name: c for c in flow.tree.body if isinstance(c, ast.ClassDef)}
+    made = _made_in(node)
+    if any(attribute == first for attribute, _ in made):
+        return key
+    for attribute, call in made:
+        inner = classes.get(_last(call.func))
+        if inner is not None and any(name == first for name, _ in _made_in(inner)):
+            return f"{attribute}.{key}"
+    return key
 
 
 def _made_in(node: ast.ClassDef) -> list[tuple[str, ast.Call]]:
@@ -243,7 +279,25 @@ def _positions(source: Source, node: Function) -> list[Pair]:
             )
             _, end = span(source, statement)
             message = "generate passes the positions of the whole sequence: cut to the new tokens"
-            return [spliced(source, "generate_position_ids", statement, end, end, text, message)]
+            found = [spliced(source, "generate_position_ids", statement, end, end, text, message)]
+            return found + _forgotten(source, block[at + 1 :])
+    return []
+
+
+def _forgotten(source: Source, block: list[ast.stmt]) -> list[Pair]:
+    """`else: position_ids = None`, from when generate passed none: it would drop what it passes."""
+    for statement in block:
+        match statement:
+            case ast.If(
+                orelse=[
+                    ast.Assign(
+                        targets=[ast.Name(id="position_ids")], value=ast.Constant(value=None)
+                    ) as dropped
+                ]
+            ) if "position_ids is None" in ast.unparse(statement.test):
+                start, end = span(source, statement.body[-1])[1], span(source, dropped)[1]
+                message = "generate passes positions: they are not thrown away"
+                return [spliced(source, "generate_position_ids", dropped, start, end, "", message)]
     return []
 
 

@@ -42,7 +42,7 @@ def find(source: Source, flow: Flow) -> list[Pair]:
         for alias in node.names
         if alias.name == NAME
     }
-    if not names:
+    if not names or b"compute_default_rope_parameters" in source.utf8:  # as 5.x is written
         return []
     found: list[Pair] = []
     nodes = flow.book.nodes
@@ -52,9 +52,9 @@ def find(source: Source, flow: Flow) -> list[Pair]:
         match node:
             case ast.Subscript(value=ast.Name(id=name) as table) if name in names:
                 pass
-            case ast.Call(
-                func=ast.Attribute(value=ast.Name(id=name), attr="get"), args=[_]
-            ) if name in names:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="get"), args=[_]) if (
+                name in names
+            ):
                 reason = f'`{name}` has no "default" since 5.0, and this gives None for it'
                 found.append((finding(source, KEY, node, reason), None))
                 continue
@@ -62,6 +62,8 @@ def find(source: Source, flow: Flow) -> list[Pair]:
                 continue
         key = node.slice
         if isinstance(key, ast.Constant) and key.value != "default":
+            continue
+        if _asks_first(flow, node):
             continue
         if name in rebound or "torch" not in flow.module.every:
             reason = f'`{name}` has no "default" since 5.0: compute that one in the module itself'
@@ -77,6 +79,16 @@ def find(source: Source, flow: Flow) -> list[Pair]:
         message = "plain inverse frequencies"
         found.append(spliced(source, KEY, first, at, at, text, message))
     return found
+
+
+def _asks_first(flow: Flow, node: ast.AST) -> bool:
+    """Whether the look-up stands under a condition that speaks of the default."""
+    return any(
+        isinstance(part, ast.Constant) and part.value == "default"
+        for around in flow.book.ancestors(node)
+        if isinstance(around, ast.If | ast.IfExp)
+        for part in ast.walk(around.test)
+    )
 
 
 def _first_use(flow: Flow, names: set[str]) -> ast.stmt:
