@@ -88,6 +88,14 @@ def test_an_encoder_decoder_tuple() -> None:
     assert pointers(cache.to_legacy()) == pointers(past)
 
 
+def test_four_entries_are_a_pair_before_anything_is_encoded() -> None:
+    past = tuple((keys, values, None, None) for keys, values in tuples())
+    cache = mnemon.Cache.from_legacy(past)
+    assert cache.is_updated == {0: False, 1: False}
+    assert cache.cross_attention_cache.layers[0].num_tokens == 0
+    assert len(cache.to_legacy()[0]) == 2
+
+
 def test_static_copies_and_refuses_what_does_not_fit() -> None:
     past = tuples()
     cache = mnemon.Cache.from_legacy(past, llama(), "static(8)")

@@ -134,9 +134,12 @@ def test_pairs_by_index_and_in_turn(make: Make) -> None:
 def test_layers_that_hold_nothing_yet() -> None:
     for cache in (DynamicCache(config=CONFIG), mnemon.Cache(CONFIG)):
         assert cache[0] == (None, None)
-        assert [keys for keys, _ in cache] == [None, None]
-        if not transformers.__version__.startswith("4."):
-            assert cache.to_legacy_cache() == ()
+        if transformers.__version__.startswith("4."):
+            continue  # its own iteration gives the empty layers too
+        assert [keys for keys, _ in cache] == []
+        assert len(cache) == 0  # old code asks so whether there is a past
+        assert not cache
+        assert cache.to_legacy_cache() == ()
 
 
 @pytest.mark.parametrize("cls", [DynamicCache, mnemon.Cache])

@@ -44,9 +44,15 @@ def from_tuples(
     """A cache that holds what the tuple `past` holds; see `Cache.from_legacy`."""
     if isinstance(past, torch.Tensor) or not isinstance(past, Iterable):
         raise CacheError(f"A {type(past).__name__} is no tuple of layers; expected {_LAYOUTS}.")
-    entries = [_entry(item, index, config) for index, item in enumerate(past)]
+    items = list(past)
+    entries = [_entry(item, index, config) for index, item in enumerate(items)]
     parsed = parse(recipe)
-    cache = _without_config(entries, parsed) if config is None else Cache(config, parsed)
+    if config is None:
+        # Four entries are an encoder-decoder's, also before anything was encoded.
+        paired = any(len(item) in (_CROSS, _CROSS_WITH_WINDOW) for item in items)
+        cache = _without_config(entries, parsed, paired)
+    else:
+        cache = Cache(config, parsed)
     entries = _one_for_each(entries, cache)
     encoded = any(cross is not None for _, cross in entries)
     groups = cache._groups()
@@ -162,7 +168,7 @@ def _num_kv_heads(config: PreTrainedConfig) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _without_config(entries: list[Entry], recipe: Recipe) -> Cache:
+def _without_config(entries: list[Entry], recipe: Recipe, paired: bool) -> Cache:
     """An empty cache whose layers keep every token, as many as the tuple has."""
     if not entries:
         raise CacheError(
@@ -170,7 +176,7 @@ def _without_config(entries: list[Entry], recipe: Recipe) -> Cache:
             "config, or make an empty cache with mnemon.Cache(config)."
         )
     own = [kinds.build(LayerSpec(), recipe) for _ in entries]
-    if all(cross is None for _, cross in entries):
+    if not paired:
         return Cache._of(PreTrainedConfig(), recipe, own)
     cache = object.__new__(EncoderDecoderCache)
     cache._init_groups(PreTrainedConfig(), recipe, own, [kinds.CrossLayer() for _ in entries])

@@ -372,8 +372,10 @@ class Cache(NamedTokens):
 
         Args:
             past: per layer ``(keys, values)``, each ``[batch, kv_heads, tokens, width]``; with an
-                encoder ``(keys, values, cross keys, cross values)``. With a config also Bloom's
-                ``[batch * heads, width, tokens]`` and ``[batch * heads, tokens, width]``.
+                encoder ``(keys, values, cross keys, cross values)``, where None stands for what
+                was not encoded yet (two entries and no config: a decoder alone). With a config
+                also Bloom's ``[batch * heads, width, tokens]`` and ``[batch * heads, tokens,
+                width]``.
             config: the model's config: layers then take their kind (windows, shared layers) from
                 it and are checked against it. None: every layer keeps every token.
             recipe: as for `Cache`.

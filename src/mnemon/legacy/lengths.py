@@ -111,7 +111,7 @@ def _limit(cache: Any) -> int | None:
 
 
 def _layer_limit(layer: Any) -> int | None:
-    if not layer.is_compileable:
+    if layer.is_sliding and not layer.is_compileable:
         return None  # it grows: what a window forgets is no bound on what may come
     for name in ("max_length", "max_cache_len"):
         limit = getattr(layer, name, None)

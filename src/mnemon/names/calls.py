@@ -105,16 +105,20 @@ CALLS = (
         kind=Kind.FORM,
         owner="models of the tuple days: GPT-2, BART, T5, Bloom and others",
         lived=(("4.36", "4.57"),),
-        modern="model(ids, past_key_values=DynamicCache(past))",
+        modern="model(ids, past_key_values=mnemon.Cache.from_legacy(past))",
         meaning="A tuple with (keys, values) of every layer, or with four tensors for "
         "encoder-decoder models. It went model by model: Llama and Mistral took it until 4.47, "
         "Bloom, Falcon, GPT-Neo and T5 until 4.53, GPT-2 and BART until 4.57.",
+        silent="`DynamicCache(past)` of a tuple with four tensors per layer drops the encoder's "
+        "two: logits are wrong. `mnemon.Cache.from_legacy(past)` keeps them.",
         messages=(
             Message(
                 text="'tuple' object has no attribute 'get_seq_length'",
-                cure="Wrap it: `DynamicCache(past)` (5.0 and later), "
-                "`DynamicCache.from_legacy_cache(past)` (4.x), or "
-                "`mnemon.Cache.from_legacy(past)` (any).",
+                cure="Wrap it: `mnemon.Cache.from_legacy(past)` takes both layouts. With "
+                "transformers alone, for a decoder-only model: `DynamicCache(past)` (5.0 and "
+                "later) or `DynamicCache.from_legacy_cache(past)` (4.x). With four tensors per "
+                "layer `DynamicCache(past)` loses the encoder's without an error: build the two "
+                "halves of an `EncoderDecoderCache`.",
             ),
             Message(
                 text="'list' object has no attribute 'get_seq_length'",
@@ -155,13 +159,15 @@ CALLS = (
         kind=Kind.FORM,
         owner="GenerationMixin.generate",
         lived=(("4.36", "4.57"),),
-        modern="model.generate(ids, past_key_values=DynamicCache(past))",
-        meaning="The same tuple, given to generate.",
+        modern="model.generate(ids, past_key_values=mnemon.Cache.from_legacy(past))",
+        meaning="The same tuple, given to generate. With transformers alone: `DynamicCache(past)`, "
+        "for decoder-only models.",
         messages=(
             Message(
                 text="Passing a tuple of `past_key_values` is not supported anymore. Please use a "
                 "`Cache` instance.",
-                cure="Wrap it: `DynamicCache(past)`, or `mnemon.Cache.from_legacy(past)`.",
+                cure="Wrap it: `mnemon.Cache.from_legacy(past)`, or `DynamicCache(past)` for a "
+                "decoder-only model.",
                 source="generation/utils.py",
             ),
             Message(

@@ -136,8 +136,9 @@ CONTENTS = (
         owner="DynamicCache, EncoderDecoderCache",
         lived=(("4.36", "4.57"),),
         modern="tuple((layer.keys, layer.values) for layer in cache.layers)",
-        meaning="A tuple with (keys, values) of every layer. `mnemon.Cache.to_legacy()` gives the "
-        "same of ours.",
+        meaning="A tuple with (keys, values) of every layer; of an EncoderDecoderCache with four "
+        "tensors each, those of `self_attention_cache.layers` and `cross_attention_cache.layers`. "
+        "`mnemon.Cache.to_legacy()` gives both of ours.",
         messages=(
             Message(
                 text="'DynamicCache' object has no attribute 'to_legacy_cache'",

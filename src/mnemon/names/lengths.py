@@ -164,14 +164,15 @@ LENGTHS = (
         kind=Kind.FORM,
         owner="DynamicCache (4.42), Cache (4.54)",
         lived=(("4.42", "5.19"),),
-        modern="cache.crop(n - cache.get_seq_length())  # a negative number of tokens to drop",
-        meaning="n was the length to keep. Today the number says how many tokens go, and is "
-        "negative. Keep n <= get_seq_length(): a larger n did nothing.",
+        modern="if n < cache.get_seq_length(): cache.crop(n - cache.get_seq_length())",
+        meaning="n was the length to keep, and an n beyond it did nothing. Today the number says "
+        "how many tokens go, and is negative. The `if` matters up to 5.13, where 0 empties.",
         messages=(
             Message(
                 text="Calling `crop` with a positive value (`...`) is not supported. Please use a "
                 "negative integer to remove that number of tokens from the cache instead.",
-                cure="Write `cache.crop(min(n - cache.get_seq_length(), 0))` to keep n tokens.",
+                cure="To keep n tokens write `if n < cache.get_seq_length(): "
+                "cache.crop(n - cache.get_seq_length())`.",
                 source="cache_utils.py",
             ),
             Message(
@@ -189,8 +190,9 @@ LENGTHS = (
         kind=Kind.FORM,
         owner="DynamicCache, Cache",
         lived=(("4.42", "5.13"),),
-        modern="cache.reset()",
-        meaning="Emptied the cache up to 5.13; removes nothing since 5.14.",
+        modern="cache.crop(-cache.get_seq_length())",
+        meaning="Emptied the cache up to 5.13; removes nothing since 5.14. (`reset()` empties a "
+        "DynamicCache in recent releases only: in 4.57 and 5.14 its length stays.)",
         silent="Code that empties a cache with `crop(0)` keeps every token since 5.14.",
     ),
     Name(
