@@ -11,15 +11,16 @@ and cuts would be those of an empty cache. While the shim is on they come from t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import cache_utils
+from transformers import __version__, cache_utils
 
 from mnemon.legacy.callers import is_own_cache
 from mnemon.legacy.patches import Patches
 from mnemon.legacy.warning import Notices
+from mnemon.names import lookup
 
 __all__ = ["install", "keeps_lists"]
 
@@ -32,8 +33,9 @@ def keeps_lists(cache: Any) -> bool:
 
 def install(patches: Patches, notices: Notices) -> None:
     # Before the groups that wrap the same methods: those know who calls, these hold what is asked.
+    native = lookup("cache[i]").there_in(__version__)
     for owner in (cache_utils.Cache, cache_utils.DynamicCache):
-        for name, verb in _VERBS.items():
+        for name, verb in (_VERBS | _PAIRS if native else _VERBS).items():
             original = vars(owner).get(name)
             if original is not None:
                 patches.put(owner, name, _either(original, verb))
@@ -74,8 +76,10 @@ def _reorder(cache: Any, beam_idx: torch.Tensor) -> None:
 
 
 def _crop(cache: Any, tokens_to_remove: int) -> None:
-    """Remove n tokens for -n; whoever asks for a final size is served before."""
-    count = -int(tokens_to_remove)
+    """As the installed release means it: -n removes n tokens, n is a final size where it was."""
+    given, held = int(tokens_to_remove), int(cache.get_seq_length())
+    emptied = given == 0 and lookup("crop_zero").there_in(__version__)
+    count = held - given if given > 0 or emptied else -given
     if count > 0:
         _of_each(cache, lambda tensor: tensor[..., : max(tensor.shape[-2] - count, 0), :])
         if "_seen_tokens" in vars(cache):
@@ -105,6 +109,14 @@ def _count(cache: Any) -> int:
     return len(cache.key_cache)
 
 
+def _pair(cache: Any, index: int) -> tuple[Any, Any]:
+    return cache.key_cache[index], cache.value_cache[index]
+
+
+def _pairs(cache: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(zip(cache.key_cache, cache.value_cache, strict=True))
+
+
 _VERBS: dict[str, Callable[..., Any]] = {
     "get_seq_length": _length,
     "get_mask_sizes": _mask_sizes,
@@ -118,3 +130,5 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "batch_select_indices": _select,
     "__len__": _count,
 }
+#: Where indexing and iterating still give pairs, up to 4.57; later the group `contents` does.
+_PAIRS: dict[str, Callable[..., Any]] = {"__getitem__": _pair, "__iter__": _pairs}
