@@ -36,7 +36,7 @@ def install(patches: Patches, notices: Notices) -> None:
         if not hasattr(ROOT, "__iter__"):
             patches.put(ROOT, "__iter__", _iterate(None, notices))
         replace_everywhere(patches, "__len__", _length)
-        patches.put(MnemonCache, "fork", _fork(MnemonCache.fork))
+    patches.put(MnemonCache, "fork", _fork(MnemonCache.fork))
 
     def to_legacy_cache(self: Any) -> tuple[tuple[Any, ...], ...]:
         """A tuple with one entry per layer that holds tokens; the tensors themselves."""
