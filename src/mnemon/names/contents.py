@@ -154,7 +154,7 @@ CONTENTS = (
         kind=Kind.METHOD,
         owner="DynamicCache",
         lived=(("4.42", "4.53"),),
-        modern="copy.deepcopy(cache).batch_select_indices(rows)",
+        modern="part = copy.deepcopy(cache); part.batch_select_indices(rows)",
         meaning="Cut a cache into smaller batches and put them together again.",
         messages=(
             Message(
