@@ -23,7 +23,8 @@ __all__ = ["install"]
 
 _CACHE_NAMES = frozenset(
     "Cache DynamicCache StaticCache SinkCache HybridCache EncoderDecoderCache get_seq_length "
-    "get_usable_length seen_tokens key_cache from_legacy_cache get_max_cache_shape".split()
+    "get_usable_length seen_tokens key_cache from_legacy_cache get_max_cache_shape "
+    "get_max_length".split()
 )
 _MODERN_MASKS = frozenset(
     "get_mask_sizes create_causal_mask create_sliding_window_causal_mask "
@@ -83,7 +84,12 @@ def _keeps_tuples(model: Any) -> bool:
         said = vars(cls).get("_supports_cache_class")
         if said is not None and is_remote(cls):
             return not said
-    return not names_used(remote_classes(model)) & _CACHE_NAMES
+    return not _knows_caches(model)
+
+
+def _knows_caches(model: Any) -> bool:
+    """Whether a model's own code mentions a cache class or what only one answers."""
+    return bool(names_used(remote_classes(model)) & _CACHE_NAMES)
 
 
 def _masks_by_itself(model: Any) -> bool:
@@ -98,7 +104,7 @@ def _generate(own: Callable[..., Any], notices: Notices, native: bool) -> Callab
     @functools.wraps(own)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         past = kwargs.get("past_key_values")
-        if isinstance(past, cache_utils.Cache) and _keeps_tuples(self):
+        if isinstance(past, cache_utils.Cache) and _keeps_tuples(self) and not _knows_caches(self):
             raise CacheError(
                 f"{type(self).__name__} keeps its past in tuples and knows no cache class; got a "
                 f"{type(past).__name__}. Leave past_key_values out, or pass it a tuple "
