@@ -24,7 +24,7 @@ from mnemon.hf.names import PreTrainedConfig
 from mnemon.layers.base import CacheLayer
 from mnemon.recipe import Recipe, parse
 
-__all__ = ["from_tuples", "to_tuples"]
+__all__ = ["from_tuples", "to_tuples", "unfold_heads"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Entry = tuple[Pair | None, Pair | None]  # (the decoder's, the encoder's)
@@ -121,7 +121,7 @@ def _pair(two: list[Any], index: int, config: PreTrainedConfig | None) -> Pair |
             f"{type(values).__name__}; expected {_LAYOUTS}."
         )
     if keys.ndim == values.ndim == 3:
-        keys, values = _unfold_heads(keys, values, index, config)
+        keys, values = unfold_heads(keys, values, index, config)
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:-1] != values.shape[:-1]:
         raise CacheError(
             f"Layer {index} of the tuple has keys {list(keys.shape)} and values "
@@ -136,7 +136,7 @@ def _pair(two: list[Any], index: int, config: PreTrainedConfig | None) -> Pair |
     return keys, values
 
 
-def _unfold_heads(
+def unfold_heads(
     keys: torch.Tensor, values: torch.Tensor, index: int, config: PreTrainedConfig | None
 ) -> Pair:
     """Bloom's keys and values as views ``[batch, heads, tokens, width]``."""
@@ -152,7 +152,7 @@ def _unfold_heads(
         raise CacheError(
             f"Layer {index} of the tuple has keys {list(keys.shape)} and values "
             f"{list(values.shape)}; for a model of {heads} heads expected [batch * {heads}, width, "
-            f"tokens] and [batch * {heads}, tokens, width]."
+            f"tokens] and [batch * {heads}, tokens, width], as Bloom had them."
         )
     return (
         keys.unflatten(0, (rows // heads, heads)).transpose(-1, -2),

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
-__all__ = ["is_own_cache", "is_remote", "names_used", "old_code_calls", "remote_classes"]
+__all__ = [
+    "is_own_cache",
+    "is_own_class",
+    "is_remote",
+    "names_used",
+    "old_code_calls",
+    "remote_classes",
+]
 
 _MODERN = frozenset(
     {"transformers", "torch", "accelerate", "peft", "mnemon", "huggingface_hub"}
@@ -37,7 +44,12 @@ def is_own_cache(cache: object) -> bool:
 
     Classes with an `update` of their own (remote files, models of 4.57) keep lists of their own.
     """
-    module = str(getattr(type(cache).update, "__module__", ""))  # type: ignore[attr-defined]
+    return is_own_class(type(cache))
+
+
+def is_own_class(cls: Any) -> bool:
+    """The same of the instances of a class."""
+    module = str(getattr(cls.update, "__module__", ""))
     return module == "transformers.cache_utils" or module.startswith("mnemon.")
 
 

@@ -9,7 +9,7 @@ from transformers import cache_utils
 
 from mnemon.cache import Cache as MnemonCache
 from mnemon.errors import CacheError
-from mnemon.legacy.callers import old_code_calls
+from mnemon.legacy.callers import is_own_class, old_code_calls
 from mnemon.legacy.hosts import ROOT, OldAttribute, is_mnemon, is_pair, replace_everywhere
 from mnemon.legacy.own_lists import keeps_lists
 from mnemon.legacy.patches import Patches
@@ -50,7 +50,7 @@ def install(patches: Patches, notices: Notices) -> None:
             past_key_values = tuple(p for p in _entries(past_key_values) if p[0] is not None)
         if issubclass(cls, MnemonCache):
             return cls.from_legacy(past_key_values)
-        if not _is_own(cls):
+        if not is_own_class(cls):
             cache = cls()
             for index, (keys, values) in enumerate(past_key_values or ()):
                 cache.update(keys, values, index)  # it may count, or drop, what comes
@@ -60,11 +60,6 @@ def install(patches: Patches, notices: Notices) -> None:
     for owner in (cache_utils.DynamicCache, cache_utils.EncoderDecoderCache, MnemonCache):
         patches.add(owner, "to_legacy_cache", to_legacy_cache)
         patches.add(owner, "from_legacy_cache", classmethod(from_legacy_cache))
-
-
-def _is_own(cls: type) -> bool:
-    """Whether transformers wrote the `update` of a class."""
-    return str(cls.update.__module__) == cache_utils.__name__  # type: ignore[attr-defined]
 
 
 def _length(own: Callable[..., int]) -> Callable[..., int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import cache_utils
 
+from mnemon.cache.legacy_form import unfold_heads
 from mnemon.errors import CacheError
 from mnemon.legacy.views import put_pair
 
@@ -99,16 +100,7 @@ def _four_dimensions(entry: Sequence[Any], index: int, config: Any) -> tuple[Any
         )
     keys, values = entry[:2]
     if keys.ndim == 3 and values.ndim == 3:
-        heads = int(config.num_attention_heads)
-        rows, num_tokens, width = values.shape
-        if rows % heads or tuple(keys.shape) != (rows, width, num_tokens):
-            raise CacheError(
-                f"Layer {index} of past_key_values has keys {list(keys.shape)} and values "
-                f"{list(values.shape)}; of three dimensions expected [batch * {heads}, head_dim, "
-                f"tokens] and [batch * {heads}, tokens, head_dim], as Bloom had them."
-            )
-        keys = keys.unflatten(0, (rows // heads, heads)).transpose(-1, -2)
-        values = values.unflatten(0, (rows // heads, heads))
+        keys, values = unfold_heads(keys, values, index, config)
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
         raise CacheError(
             f"Layer {index} of past_key_values has keys {list(keys.shape)} and values "
