@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.mnemon-ready
+# The extension is built with the environment: editing it makes `make` build it again.
+NATIVE := CMakeLists.txt $(wildcard src/mnemon/attention/native/*)
 # What the test suite and the demo may use at most; more threads than cores only slow them down.
 THREADS ?= 2
 # One row of the matrix stays on one worker, so that its model is built once; naming tests/matrix
@@ -13,11 +15,12 @@ WORKERS = -n $(THREADS) --dist loadgroup
 OTHERS := 4.57 5.14
 OTHER_STAMPS := $(OTHERS:%=.venv-%/.mnemon-ready)
 
-.PHONY: setup demo test test-all test-matrix test-oldest surface lint types imports check clean
+.PHONY: setup demo test test-all test-exports test-matrix test-oldest sanitize surface lint types imports check \
+	clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh $(NATIVE)
 	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/setup.sh
 	@touch $(STAMP)
 
@@ -25,12 +28,16 @@ demo: setup
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/mnemon demo --out report
 
 test: setup
-	$(BIN)/python -m pytest $(WORKERS) -m "not matrix and not slow" tests/matrix tests
+	$(BIN)/python -m pytest $(WORKERS) -m "not matrix and not slow and not exports" tests/matrix tests
+
+# Every architecture on every export target: half an hour.
+test-exports: setup
+	$(BIN)/python -m pytest $(WORKERS) -m exports tests/export
 
 test-all: setup
 	$(BIN)/python -m pytest $(WORKERS) tests/matrix tests
 
-.venv-%/.mnemon-ready: pyproject.toml constraints.txt constraints-%.txt scripts/setup.sh
+.venv-%/.mnemon-ready: pyproject.toml constraints.txt constraints-%.txt scripts/setup.sh $(NATIVE)
 	PYTHON="$(PYTHON)" TRANSFORMERS="$*" VENV=".venv-$*" bash scripts/setup.sh
 	@touch $@
 
@@ -40,6 +47,10 @@ test-matrix: setup $(OTHER_STAMPS)
 
 test-oldest: setup .venv-4.57/.mnemon-ready
 	$(BIN)/python scripts/test_versions.py --workers $(THREADS) 4.57
+
+# The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer; minutes.
+sanitize: setup
+	VENV="$(VENV)" bash scripts/sanitize.sh
 
 # What mnemon rests on in the installed transformers; fails if a name changed.
 surface: setup
@@ -58,4 +69,4 @@ imports: setup
 check: lint types imports
 
 clean:
-	rm -rf $(VENV) $(OTHERS:%=.venv-%) report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OTHERS:%=.venv-%) build report .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -58,6 +58,10 @@ if torch_is_there "$venv/bin/python"; then
 else
   pip install --quiet "$(grep '^torch==' "$pins")"
 fi
+if "$venv/bin/python" -c 'import triton' 2>/dev/null; then
+  # torch for CUDA brings the triton that belongs to it.
+  sed -i '/^triton==/d' "$used"
+fi
 pip install --quiet --constraint "$used" --editable ".[$extras]"
 "$venv/bin/python" -c 'import torch, transformers, mnemon; print(
   f"ready: mnemon {mnemon.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")'

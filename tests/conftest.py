@@ -1,5 +1,6 @@
 """Every test runs on one thread, and shapes are checked wherever layers are called."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter; read when triton is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Before anything imports mnemon.layers. What compiles does so in a process of its own (see
 # test_compile.py): checked functions cannot be traced.

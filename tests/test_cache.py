@@ -545,7 +545,7 @@ def test_wrong_configs(config: object) -> None:
 
 @pytest.mark.parametrize("config", [LlamaConfig(), BartConfig()])
 def test_wrong_recipes(config: PreTrainedConfig) -> None:
-    for recipe in ("int4", "nothing", "static", "static(0)", 3):
+    for recipe in ("sinks(4)", "nothing", "static", "static(0)", "disk(1)", 3):
         with pytest.raises(RecipeError):
             Cache(config, recipe)  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ BUILTIN = {
     "FileError": OSError,
     "ModelError": ValueError,
     "PlanError": ValueError,
+    "ExportError": ValueError,
     "MigrateError": ValueError,
     "ZooError": RuntimeError,
     "DependencyError": ImportError,
@@ -20,6 +21,8 @@ PARENTS = {
     "UnsupportedVerb": "CacheError",
     "CapacityError": "CacheError",
     "PrefixMismatch": "CacheError",
+    "TierError": "CacheError",
+    "DiskFull": "TierError",
     **dict.fromkeys(
         ["NotACacheFile", "UnsafeFile", "TruncatedFile", "DamagedFile", "NewerVersion"], "FileError"
     ),

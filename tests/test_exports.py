@@ -11,7 +11,8 @@ import mnemon.errors
 
 def test_public_names() -> None:
     assert mnemon.__all__ == [
-        "Cache", "Recipe", "attach", "detach", "errors", "legacy", "load_cache", "prefill",
+        "Cache", "Recipe", "attach", "detach", "errors", "export_model", "legacy", "load_cache",
+        "load_export", "prefill",
     ]  # fmt: skip
     for name in mnemon.__all__:
         assert getattr(mnemon, name) is not None

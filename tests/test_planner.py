@@ -20,9 +20,10 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mnemon import Cache, planner
-from mnemon.errors import PlanError
+from mnemon.errors import PlanError, RecipeError
 from mnemon.planner.families import COMPOSITES, ENCODER_DECODER, MODEL_TYPES
 from mnemon.planner.layer_types import NOTHING
+from mnemon.recipe import parse
 
 ROWS = architectures.rows()
 #: Rows of the matrix whose caches the planner refuses to compute.
@@ -86,6 +87,35 @@ def assert_exact(model: Any, inputs: dict[str, Any], dtype: str) -> None:
 def test_matrix_rows_are_exact(name: str) -> None:
     model, make_inputs = ROWS[name].build()
     assert_exact(model.to(torch.bfloat16), make_inputs(BATCH, LENGTH), "bfloat16")
+
+
+@pytest.mark.parametrize("name", sorted(set(ROWS) - REFUSED))
+def test_packed_matrix_rows_are_exact(name: str) -> None:
+    """Few tokens, but some of them packed."""
+    text = "int4/int8(residual=0, values=token)"
+    recipe = parse(text)
+    model, make_inputs = ROWS[name].build()
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 99)
+    length = LENGTH if (limit or 99) < 70 else 70
+    model = model.to(torch.bfloat16)
+    inputs = make_inputs(BATCH, length)
+    try:
+        cache = Cache(model.config, recipe)
+    except RecipeError:
+        pytest.skip("layers of a kind of their own")
+    forward(model, inputs, cache)
+    decoder = inputs.get("decoder_input_ids")
+    plan = planner.plan_cache(
+        planner.plan_model(saved(model.config)),
+        (inputs["input_ids"] if decoder is None else decoder).shape[1],
+        BATCH,
+        packed=recipe.packed,
+        source=inputs["input_ids"].shape[1]
+        if decoder is not None and "input_ids" in inputs
+        else None,
+    )
+    assert plan.recipe == "int4/int8"
+    assert plan.stored_bytes == plan.reserved_bytes == cache.nbytes
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba2", "gemma3_text", "t5", "deepseek_v3"])

@@ -31,8 +31,43 @@ def test_what_works(text: str | None, canonical: str, tokens: int | None) -> Non
     assert parse(recipe) is recipe
 
 
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("INT4", "int4"),
+        ("int4/int2", "int4/int2"),
+        (" fp8 / int8 ", None),
+        ("int4( residual = 1k, keys=token )", "int4(keys=token, residual=1024)"),
+    ],
+)
+def test_packed_formats(text: str, canonical: str | None) -> None:
+    if canonical is None:
+        with pytest.raises(RecipeError):
+            parse(text)
+        return
+    recipe = parse(text)
+    assert str(recipe) == canonical
+    assert parse(canonical) == recipe
+    assert recipe.static_tokens is None
+    assert recipe.packed == parse(canonical).packed
+
+
+def test_what_packed_options_mean() -> None:
+    form = parse("int8/int2(residual=128, keys=token, rotate=yes, group=32)").packed
+    assert form is not None
+    assert form.residual == 128
+    assert (form.keys.code, form.values.code) == ("int8", "int2")
+    assert (form.keys.axis, form.values.axis) == ("token", "token")
+    assert form.keys.rotated
+    assert not form.values.rotated
+    assert form.keys.scheme(128).group_size == 32
+    assert parse("").packed is None
+    assert parse("static(4)").packed is None
+
+
 def test_available_terms_parse() -> None:
-    assert available() == ("dense", "static(4096)")
+    packed = ("int8", "int4", "int2", "fp8")
+    assert available() == ("dense", "static(4096)", *packed, "host", "disk(memory=256MiB)")
     for term in available():
         parse(term)
 
@@ -40,10 +75,20 @@ def test_available_terms_parse() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("int4", "not there yet"),
         ("sinks(4) + window(4096)", "not there yet"),
         ("snapkv(keep=0.25) + int4 + host", "not there yet"),
-        ("int4/int2", "not there yet"),
+        ("static(4096) + int4", "2 formats"),
+        ("int4 + int8", "2 formats"),
+        ("static/int4", "keys and values alike"),
+        ("dense/int4", "two packed ones"),
+        ("int4/dense", "two packed ones"),
+        ("int4(128)", "int4 takes residual="),
+        ("int4(residuals=128)", "int4 takes residual="),
+        ("int4(residual=no)", "residual of int4 is 0 to"),
+        ("int4(residual=2.5)", "residual of int4 is 0 to"),
+        ("int4/int2(keys=row)", "keys of int4/int2 is token or channel"),
+        ("int2(rotate=1)", "rotate of int2 is yes or no"),
+        ("int2(group=8)", "group of int2 is 16 to"),
         ("quantized", "Unknown term 'quantized'"),
         ("static", "one positive number"),
         ("static(0)", "one positive number"),

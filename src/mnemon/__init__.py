@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mnemon.binding import attach, detach, prefill
     from mnemon.cache import Cache
+    from mnemon.export import export_model, load_export
     from mnemon.files import load_cache
     from mnemon.recipe import Recipe
 
@@ -19,11 +20,24 @@ _HOME = {
     "Recipe": "mnemon.recipe",
     "attach": "mnemon.binding",
     "detach": "mnemon.binding",
+    "export_model": "mnemon.export",
     "load_cache": "mnemon.files",
+    "load_export": "mnemon.export",
     "prefill": "mnemon.binding",
 }
 
-__all__ = ["Cache", "Recipe", "attach", "detach", "errors", "legacy", "load_cache", "prefill"]
+__all__ = [
+    "Cache",
+    "Recipe",
+    "attach",
+    "detach",
+    "errors",
+    "export_model",
+    "legacy",
+    "load_cache",
+    "load_export",
+    "prefill",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,8 @@ MnemonError
 ├── CacheError              a cache verb that cannot be carried out; the cache is unchanged
 │   ├── UnsupportedVerb     this kind of layer cannot do that, ever (documented per layer)
 │   ├── CapacityError       a preallocated cache is full
+│   ├── TierError           a tier (host, disk) cannot keep or give back its bytes
+│   │   └── DiskFull        no room on the disk, or within what the tier may take of it
 │   └── PrefixMismatch      the cache holds other tokens than the prompt
 ├── FileError               a cache file that cannot be used
 │   ├── NotACacheFile       something else (missing, empty, text, model weights, a directory)
@@ -16,6 +18,7 @@ MnemonError
 ├── ModelError              a model or a config that cannot be loaded or served
 │   └── NotServed           in this version of transformers, the model takes its own cache only
 ├── PlanError               a config whose cache cannot be computed in advance
+├── ExportError             a model that cannot be exported, or an export that cannot be used
 ├── MigrateError            code that cannot be migrated: a path, a target, a file
 ├── ZooError                the bundled model, its data or its training
 └── DependencyError         a package is missing; the message says what to install
@@ -27,6 +30,8 @@ __all__ = [
     "CapacityError",
     "DamagedFile",
     "DependencyError",
+    "DiskFull",
+    "ExportError",
     "FileError",
     "MigrateError",
     "MnemonError",
@@ -37,6 +42,7 @@ __all__ = [
     "PlanError",
     "PrefixMismatch",
     "RecipeError",
+    "TierError",
     "TruncatedFile",
     "UnsafeFile",
     "UnsupportedVerb",
@@ -64,6 +70,14 @@ class UnsupportedVerb(CacheError):
 
 class CapacityError(CacheError):
     """More tokens than a preallocated cache was made for."""
+
+
+class TierError(CacheError):
+    """A tier cannot keep bytes, or cannot read those it kept."""
+
+
+class DiskFull(TierError):
+    """The disk, its quota, or what the tier may take of it is used up."""
 
 
 class PrefixMismatch(CacheError):
@@ -112,6 +126,10 @@ class PlanError(MnemonError, ValueError):
 
 class ZooError(MnemonError, RuntimeError):
     """The bundled model, its data or its training failed."""
+
+
+class ExportError(MnemonError, ValueError):
+    """A model cannot be exported as asked, or an export cannot be loaded or run."""
 
 
 class MigrateError(MnemonError, ValueError):

@@ -2,7 +2,8 @@
 
     recipe  = [ term { "+" term } ]            ""  is the default: dense, every token, on the device
     term    = name [ "/" name ] [ "(" [ arg { "," arg } ] ")" ]
-    arg     = [ key "=" ] value                value: integer (4096, 4k, 1M), decimal, word
+    arg     = [ key "=" ] value                value: integer (4096, 4k, 256MiB), decimal, word,
+                                                      absolute path (/tmp, ~/tmp)
 
 At most one format and one tier; order does not matter; nothing is ever evaluated as code.
 """
@@ -14,6 +15,7 @@ from enum import Enum
 from typing import TypeAlias
 
 from mnemon.errors import RecipeError
+from mnemon.schemes import CODES, PackedFormat
 
 __all__ = ["Recipe", "Role", "Term", "available", "parse"]
 
@@ -21,10 +23,11 @@ Value: TypeAlias = int | float | str
 MAX_LENGTH = 1000
 _WORD = r"[A-Za-z_][A-Za-z0-9_]*"
 _TERM = re.compile(rf"({_WORD}(?:/{_WORD})?)\s*(?:\(([^()]*)\))?", re.ASCII)
-_ARGUMENT = re.compile(rf"(?:({_WORD})\s*=\s*)?([A-Za-z0-9_.\-]+)", re.ASCII)
-_INTEGER = re.compile(r"(\d{1,18})([kKmMgG]?)", re.ASCII)
+_ARGUMENT = re.compile(rf"(?:({_WORD})\s*=\s*)?([A-Za-z0-9_.\-/~]+)", re.ASCII)
+_INTEGER = re.compile(r"(\d{1,18})([kKmMgGtT]?)(?:i?B)?", re.ASCII)
+_PATH = re.compile(r"~?/[A-Za-z0-9_.\-/]*", re.ASCII)
 _DECIMAL = re.compile(r"\d{0,18}\.\d{1,18}|\d{1,18}\.", re.ASCII)
-_SCALE = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
+_SCALE = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
 
 class Role(Enum):
@@ -48,12 +51,13 @@ class _Known:
 _TERMS: dict[str, _Known] = {
     "dense": _Known(role=Role.FORMAT, ready=True, usage="dense"),
     "static": _Known(role=Role.FORMAT, ready=True, usage="static(4096)"),
-    **{name: _Known(role=Role.FORMAT) for name in ("int8", "int4", "int2", "fp8")},
+    **{name: _Known(role=Role.FORMAT, ready=True, usage=name) for name in CODES},
     **{
         name: _Known(role=Role.POLICY)
         for name in ("window", "sinks", "random", "snapkv", "h2o", "tova", "key_norm", "dmc", "dms")
     },
-    **{name: _Known(role=Role.TIER) for name in ("host", "disk")},
+    "host": _Known(role=Role.TIER, ready=True, usage="host"),
+    "disk": _Known(role=Role.TIER, ready=True, usage="disk(memory=256MiB)"),
 }
 
 
@@ -91,8 +95,13 @@ class Recipe:
 
     @property
     def static_tokens(self) -> int | None:
-        """Tokens that ``static(n)`` preallocates; None for a cache that grows."""
+        """Tokens that ``static(n)`` makes room for; None for a cache that grows."""
         return int(self.format.args[0]) if self.format.name == "static" else None
+
+    @property
+    def packed(self) -> PackedFormat | None:
+        """How keys and values are quantized; None for the model's dtype."""
+        return None if self.format.name in ("dense", "static") else _packed(self.format)
 
 
 def available() -> tuple[str, ...]:
@@ -142,6 +151,8 @@ def parse(text: "str | Recipe | None") -> Recipe:
         tier=tiers[0] if tiers else None,
     )
     _check_format(recipe.format)
+    if recipe.tier is not None:
+        _check_tier(recipe.tier)
     return recipe
 
 
@@ -202,7 +213,7 @@ def _value(word: str, text: str) -> Value:
         return int(integer[1]) * _SCALE[integer[2].lower()]
     if _DECIMAL.fullmatch(word):
         return float(word)
-    if re.fullmatch(_WORD, word, re.ASCII):
+    if re.fullmatch(_WORD, word, re.ASCII) or _PATH.fullmatch(word):
         return word
     raise RecipeError(
         f"Cannot read value {word!r} in recipe {text!r}: expected a number or a word."
@@ -232,8 +243,94 @@ def _check_format(term: Term) -> None:
         raise RecipeError(
             f"static takes one positive number of tokens, e.g. static(4096); got {term}."
         )
-    if "/" in term.name:
-        raise RecipeError(f"Format pairs are not there yet; got {term}. {_valid()}")
+    if term.name not in ("dense", "static"):
+        _packed(term)
+
+
+#: Options of packed formats, with what they may be; a tuple of two numbers is a range.
+_PACKED_OPTIONS: dict[str, tuple[int, int] | tuple[str, ...]] = {
+    "residual": (0, 2**20),
+    "keys": ("token", "channel"),
+    "values": ("token", "channel"),
+    "rotate": ("yes", "no"),
+    "group": (16, 2**16),
+}
+
+
+def _packed(term: Term) -> PackedFormat:
+    """The packed format that `term` names, e.g. ``int4/int2(residual=128, keys=channel)``.
+
+    Raises:
+        RecipeError: an option that is unknown or out of range.
+    """
+    names = term.name.split("/")
+    if "dense" in names:
+        raise RecipeError(
+            f"A pair of formats is of two packed ones ({', '.join(CODES)}); got {term}."
+        )
+    options = dict(term.options)
+    for name, value in options.items():
+        allowed = _PACKED_OPTIONS.get(name)
+        if allowed is None or term.args:
+            break
+        low, high, *_ = allowed
+        if isinstance(low, str):
+            fits = value in allowed
+        else:
+            fits = isinstance(value, int) and low <= value <= int(high)
+        if not fits:
+            expected = (
+                " or ".join(map(str, allowed)) if isinstance(low, str) else f"{low} to {high}"
+            )
+            raise RecipeError(f"{name} of {term.name} is {expected}; got {name}={value}.")
+    else:
+        if not term.args:
+            rotate = options.get("rotate")
+            keys, values = options.get("keys"), options.get("values")
+            group, residual = options.get("group"), options.get("residual")
+            return PackedFormat.named(*names).altered(
+                residual=None if residual is None else int(residual),
+                keys=None if keys is None else str(keys),
+                values=None if values is None else str(values),
+                rotated=None if rotate is None else rotate == "yes",
+                group=None if group is None else int(group),
+            )
+    raise RecipeError(
+        f"{term.name} takes residual=64, keys=token or channel, values=token or channel, "
+        f"rotate=yes or no, group=64; got {term}."
+    )
+
+
+def _check_tier(term: Term) -> None:
+    options = dict(term.options)
+    taken = {"host": ("segment",), "disk": ("memory", "path", "segment", "size")}[term.name]
+    if term.args or not set(options) <= set(taken):
+        raise RecipeError(
+            f"{term.name} takes {_TIER_OPTIONS[term.name]}; got {term}: give them by name."
+        )
+    least = {"memory": 1 << 20, "size": 1, "segment": 64}
+    for name, value in options.items():
+        if name != "path" and (not isinstance(value, int) or value < least[name]):
+            raise RecipeError(
+                f"{term.name}({name}=...) takes a whole number from {least[name]} on; got {term}."
+            )
+    if int(options.get("segment", 64)) % 64:
+        raise RecipeError(f"{term.name}(segment=...) takes a multiple of 64 tokens; got {term}.")
+    path = options.get("path", "/")
+    if not isinstance(path, str) or not path.startswith(("/", "~/")):
+        raise RecipeError(
+            f"disk(path=...) takes an absolute path of letters, digits and _.-/ (for others set "
+            f"TMPDIR); got {term}."
+        )
+
+
+_TIER_OPTIONS = {
+    "host": "segment=1024 (tokens that move at once)",
+    "disk": (
+        "memory=256MiB (what the cache may use of it), path=/dir (where its file lies), size=64GiB "
+        "(how large it may become) and segment=1024 (tokens that move at once)"
+    ),
+}
 
 
 def _valid() -> str:

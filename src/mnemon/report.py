@@ -1,11 +1,11 @@
 """What a cache holds, as a table."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from mnemon.layers.base import CacheLayer
 
-__all__ = ["Report", "ReportRow", "report"]
+__all__ = ["Report", "ReportRow", "places", "report"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,9 +17,10 @@ class ReportRow:
         kind: kind of layer.
         layers: how many.
         num_stored: tokens kept per layer.
-        dtype: dtype of the keys, or empty.
+        dtype: dtype of the keys, or how they are packed; or empty.
         nbytes: bytes stored, all of these layers.
         nbytes_reserved: bytes allocated, all of these layers.
+        places: `nbytes` by where they lie: ``"device"``, ``"host"``, ``"disk"``.
     """
 
     part: str
@@ -29,6 +30,7 @@ class ReportRow:
     dtype: str
     nbytes: int
     nbytes_reserved: int
+    places: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +82,21 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in table
         ]
+        end = len(lines) - 1
         rule = "-" * max(len(line) for line in lines)
+        held: dict[str, int] = {}
+        for row in self.rows:
+            for place, size in row.places.items():
+                held[place] = held.get(place, 0) + size
+        if set(held) - {"device"}:  # a cache without a tier lies where the model is
+            lines.append(
+                "of it " + ", ".join(f"{_size(n)} on {place}" for place, n in held.items())
+            )
         unknown = self.num_tokens - self.num_known_tokens
         known = f"{self.num_tokens} tokens seen"
         if unknown:
             known += f", {unknown} of them unknown: reuse is verified for the others only"
-        return "\n".join([self.title, known, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        return "\n".join([self.title, known, lines[0], rule, *lines[1:end], rule, *lines[end:]])
 
 
 def report(
@@ -99,9 +110,9 @@ def report(
     found: dict[tuple[str, str, int, str], list[CacheLayer]] = {}
     for part, layers in groups.items():
         for layer in layers:
-            keys = layer.keys
-            dtype = "" if keys is None else str(keys.dtype).removeprefix("torch.")
-            found.setdefault((part, layer.kind, layer.num_stored, dtype), []).append(layer)
+            found.setdefault((part, layer.kind, layer.num_stored, layer.stored_as), []).append(
+                layer
+            )
     rows = tuple(
         ReportRow(
             part=part,
@@ -111,10 +122,20 @@ def report(
             dtype=dtype,
             nbytes=sum(layer.nbytes for layer in layers),
             nbytes_reserved=sum(layer.nbytes_reserved for layer in layers),
+            places=places(layers),
         )
         for (part, kind, stored, dtype), layers in found.items()
     )
     return Report(title=title, num_tokens=num_tokens, num_known_tokens=num_known_tokens, rows=rows)
+
+
+def places(layers: Iterable[CacheLayer]) -> dict[str, int]:
+    """Bytes stored by where they lie, all `layers` together."""
+    total: dict[str, int] = {}
+    for layer in layers:
+        for place, size in layer.nbytes_by_place().items():
+            total[place] = total.get(place, 0) + size
+    return total
 
 
 def _size(num_bytes: int) -> str:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnemon.attention import attend
+from mnemon.attention import attend, cpu
 from mnemon.attention.reference import attention
 from mnemon.errors import CacheError
 
@@ -192,6 +192,22 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         attend(query, keys, keys[:, :, :3])
     with pytest.raises(CacheError, match="does not cover 5 stored tokens"):
         attend(query, keys, keys, mask=torch.ones(1, 1, 1, 7, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("num_new", [1, 40])
+@pytest.mark.parametrize("held", [1, 3])
+def test_keys_of_another_batch_are_refused(held: int, num_new: int) -> None:
+    query, keys = torch.zeros(2, 4, num_new, 8), torch.zeros(held, 2, 70, 8)
+    assert not cpu.serves(query, keys, keys)
+    with pytest.raises(CacheError, match="of the query's batch"):
+        attend(query, keys, keys)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 5), (1, 2, 1, 5), (1, 1, 4, 5)])
+def test_masks_of_other_rows_are_refused(shape: tuple[int, ...]) -> None:
+    query, keys = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 8)
+    with pytest.raises(CacheError, match="does not fit a query"):
+        attend(query, keys, keys, mask=torch.ones(shape, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("num_new", [1, 7])

@@ -81,6 +81,66 @@ def test_prefill_is_timed_on_request() -> None:
     assert all(row["same_tokens"] is None for row in found["results"])
 
 
+def test_prefills_take_turns() -> None:
+    words = ("bench", "--shape", "tiny", "--contexts", "96", "--rounds", "1", "--steps", "1")
+    found = run_json(
+        *(*words, "--prefill", "--prefill-rounds", "3", "--no-check"),
+        *("--cache", "dense + attach", "--cache", "int4 + attach"),
+    )
+    names = ["DynamicCache", "dense + attach", "int4 + attach"]
+    assert [row["cache"] for row in found["results"]] == names
+    for row in found["results"]:
+        assert row["error"] is None
+        assert len(row["prefills_s"]) == 3
+        middle = sorted(row["prefills_s"])[1]
+        assert row["prefill_tokens_per_s"] == pytest.approx(96 / middle, rel=1e-3)
+    base, *others = (row["prefill_tokens_per_s"] for row in found["results"])
+    assert found["results"][0]["prefill_ratio"] == 1
+    for row, speed in zip(found["results"][1:], others, strict=True):
+        assert row["prefill_ratio"] == pytest.approx(speed / base)
+
+
+def test_any_recipe_is_a_contender() -> None:
+    found = run_json(
+        *("bench", "--shape", "tiny", "--contexts", "200", "--rounds", "1", "--steps", "1"),
+        *("--cache", "int4/int2 + attach", "--cache", "static(16) + attach", "--cache", "int8"),
+    )
+    rows = {row["cache"]: row for row in found["results"]}
+    assert list(rows) == ["DynamicCache", "int4/int2 + attach", "static + attach", "int8"]
+    assert all(row["error"] is None for row in rows.values())
+    assert rows["static + attach"]["same_tokens"] is True  # sized to what the run needs
+    assert rows["int8"]["same_tokens"] is rows["int4/int2 + attach"]["same_tokens"] is None
+    assert rows["int4/int2 + attach"]["stored_bytes"] < rows["int8"]["stored_bytes"]
+    assert rows["int8"]["stored_bytes"] < rows["DynamicCache"]["stored_bytes"]
+
+
+def test_transformers_quantized_caches_have_short_names() -> None:
+    from mnemon.cli.contenders import contender, contenders
+
+    model = bench_run.random_model("tiny", torch.float32, "cpu")
+    for each in contenders(model):
+        assert contender(model, each.name).name == each.name
+        if each.name.endswith("-4"):
+            short = each.name.removeprefix("QuantizedCache ")
+            assert contender(model, short).name == each.name
+            assert not each.lossless
+    assert contender(model, "fp8").library == "mnemon"
+
+
+def test_a_peer_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = bench_run._filled
+
+    def failing(model: Any, rival: Any, *rest: Any) -> Any:
+        if rival.name == "dense":
+            raise AssertionError("not with this shape")
+        return honest(model, rival, *rest)
+
+    monkeypatch.setattr(bench_run, "_filled", failing)
+    found = run_json(*QUICK, "--no-check", "--cache", "dense")
+    errors = {row["cache"]: row["error"] for row in found["results"]}
+    assert errors == {"DynamicCache": None, "dense": "not with this shape"}
+
+
 def test_tokens_that_differ_are_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = bench_run._greedy
 

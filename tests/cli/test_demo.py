@@ -34,6 +34,12 @@ NAMES = [
     "dense + attach",
     "static",
     "static + attach",
+    "int8 + attach",
+    "int4 + attach",
+    "int2 + attach",
+    "fp8 + attach",
+    "host + attach",
+    "disk(memory=256MiB) + attach",
 ]
 BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head_dim, float32
 
@@ -73,7 +79,9 @@ def test_every_cache_is_there_and_none_failed(found: dict[str, Any]) -> None:
 def test_lossless_caches_agree_and_the_lossy_one_shows(found: dict[str, Any]) -> None:
     rows = by_name(found)
     for name in NAMES:
-        if "fp8" not in name:
+        if "fp8" in name or name.startswith("int"):
+            assert rows[name]["logit_difference"] > 0
+        else:
             assert rows[name]["agreement"] == 1.0
             assert rows[name]["logit_difference"] < 1e-4
     assert rows["DynamicCache"]["logit_difference"] == 0.0

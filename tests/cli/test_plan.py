@@ -54,7 +54,9 @@ def test_the_figures_of_llama_3_8b(folder: Path, capsys: pytest.CaptureFixture[s
     # 8,030,261,248 parameters, 2 bytes each; 32 layers x 8 heads x 128 x 2 x 2 bytes a token.
     assert found["weight_bytes"] == 8_030_261_248 * 2
     assert found["layers"] == {"full_attention": 32}
-    for row, name in zip(found["recipes"], ("dense", "static(131072)"), strict=True):
+    names = [row["recipe"] for row in found["recipes"]]
+    assert names == ["dense", "static(131072)", "int8", "int4", "int2", "fp8"]
+    for row, name in zip(found["recipes"], names[:2], strict=False):
         assert row["recipe"] == name
         assert row["bytes_per_token"] == 8 * 131072
         assert row["cache_bytes"] == 8 * 131072 * 131072
@@ -63,13 +65,19 @@ def test_the_figures_of_llama_3_8b(folder: Path, capsys: pytest.CaptureFixture[s
         free = 24 * 2**30 - found["weight_bytes"]
         assert row["max_context"] == free // (8 * 131072)
         assert row["max_batch"] == 0
+    int4 = found["recipes"][3]
+    # 4 bits and two float16 per group of 64 numbers; a factor per block; 64 tokens stay dense.
+    blocks, heads = (131072 - 64) // 64, 8 * 32 * 8 * 2
+    packed = heads * blocks * (64 * 128 * 4.5 / 8 + 4)
+    assert int4["cache_bytes"] == packed + heads * 64 * 128 * 2
+    assert int4["cache_bytes"] * 8 / (heads * 128 * 131072) < 4.6
 
 
 def test_it_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(capsys, folder, "-c", "8k", "-b", 8, "-m", "24GiB")
     assert code == output.EXIT_OK
     assert "8.00 GiB" in text
-    assert text.count(" yes ") == 2
+    assert text.count(" yes ") == 6
     assert "weights 14.96 GiB" in text
     assert "static(8192)" in text
 
@@ -255,6 +263,9 @@ def test_plans_and_recipes_name_the_same_things(folder: Path) -> None:
         row = planner.plan_cache(plan, 4096, static=static)
         assert recipe.parse(row.recipe).static_tokens == static
         assert str(recipe.parse(row.recipe)) == row.recipe
+    for name in ("int8", "int4/int2"):
+        form = recipe.parse(name).packed
+        assert planner.plan_cache(plan, 4096, packed=form).recipe == name
 
 
 def test_a_recipe_that_a_model_refuses_is_not_offered(
@@ -262,4 +273,4 @@ def test_a_recipe_that_a_model_refuses_is_not_offered(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
     found = json.loads(run(capsys, tmp_path, "--json")[1])
-    assert [row["recipe"] for row in found["recipes"]] == ["dense"]
+    assert [row["recipe"] for row in found["recipes"]] == ["dense", "int8", "int4", "int2", "fp8"]

@@ -9,6 +9,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from contract.oracle import HEADS, WIDTH, Oracle
+from contract.stretched import TIMES, Stretched
 from mnemon.layers import (
     CacheLayer,
     CrossLayer,
@@ -16,12 +17,20 @@ from mnemon.layers import (
     ForeignLayer,
     HybridLayer,
     IndexerLayer,
+    PackedLayer,
+    PackedWindowLayer,
     RecurrentLayer,
     SharedLayer,
     StaticLayer,
     StaticWindowLayer,
     WindowLayer,
 )
+from mnemon.layers.hot import DenseHot
+from mnemon.layers.order import LayerOrder
+from mnemon.layers.tiered import TieredLayer
+from mnemon.recipe import parse
+from mnemon.schemes import PackedFormat
+from mnemon.tiers import DiskTier, HostTier, Tier
 
 __all__ = ["CAPACITY", "KEY_WIDTH", "KINDS", "WINDOW", "Kind", "Role", "kind_named"]
 
@@ -58,8 +67,8 @@ def join(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.cat([keys, values], dim=-1).transpose(1, 2).to(torch.float64)
 
 
-def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(got.to(torch.float64), expected, rtol=0, atol=0)
+def assert_same(got: torch.Tensor, expected: torch.Tensor, within: float = 0.0) -> None:
+    torch.testing.assert_close(got.to(torch.float64), expected, rtol=0, atol=within)
 
 
 @final
@@ -67,11 +76,17 @@ class Tokens(Role):
     """Keys and values. `visible` is how many tokens a query sees, itself included."""
 
     def __init__(
-        self, visible: int | None = None, *, bound: int | None = None, tied: bool = False
+        self,
+        visible: int | None = None,
+        *,
+        bound: int | None = None,
+        tied: bool = False,
+        within: float = 0.0,
     ) -> None:
         self.visible = visible
         self.bound = bound  # tokens stored at most
         self.tied = tied  # values are the keys
+        self.within = within  # how far a number may be from what came in
 
     def _pair(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.tied:
@@ -102,7 +117,7 @@ class Tokens(Role):
             assert_same(keys.transpose(1, 2), expected)
             assert_same(values.transpose(1, 2), expected)
         else:
-            assert_same(join(keys, values), expected)
+            assert_same(join(keys, values), expected, self.within)
 
     def stored(self, oracle: Oracle) -> int:
         return oracle.stored if self.bound is None else min(oracle.stored, self.bound)
@@ -284,6 +299,8 @@ class Kind:
         promotes: accepts another dtype, as ``torch.cat`` does.
         shares: a fork shares memory until one of the two writes.
         counts_rows: knows its batch size.
+        shares_rows: rows that were repeated share memory, which `nbytes` counts once.
+        has_history: what it stores depends on the way there (blocks that were opened again).
         needs: a model type of transformers that it comes from.
     """
 
@@ -298,6 +315,8 @@ class Kind:
     promotes: bool = True
     shares: bool = False
     counts_rows: bool = True
+    shares_rows: bool = False
+    has_history: bool = False
     needs: str = ""
 
     def __str__(self) -> str:
@@ -324,6 +343,13 @@ class Kind:
 
     def nbytes(self, oracle: Oracle, itemsize: int) -> int:
         return sum(role.nbytes(oracle, itemsize) for role in self.roles)
+
+    def counts_bytes(self, layer: CacheLayer, oracle: Oracle, itemsize: int) -> bool:
+        """Whether `layer.nbytes` is what a layer with this content stores."""
+        exact = self.nbytes(oracle, itemsize)
+        if self.has_history:
+            return (layer.nbytes > 0) == (exact > 0)
+        return layer.nbytes == exact or (self.shares_rows and 0 < layer.nbytes <= exact)
 
     def filled(
         self, new: torch.Tensor, layer: CacheLayer | None = None
@@ -355,12 +381,82 @@ def _deepseek(name: str) -> Any:
     return getattr(modeling, name)(config)
 
 
+def _tiered(tier: Tier) -> TieredLayer:
+    """Segments of 4 tokens behind a tail of 1, so that a few tokens reach the tier."""
+    return TieredLayer(tier, DenseHot(tail_tokens=1), LayerOrder(), segment_tokens=4)
+
+
+def _packed(text: str) -> PackedFormat:
+    form = parse(text).packed
+    assert form is not None
+    return form
+
+
 _PAST = WINDOW - 1
 _STATES = States(recurrent=True)
 _CONV = States(recurrent=False)
 
 _KINDS: tuple[Kind, ...] = (
     Kind(name="dense", make=DenseLayer, roles=(Tokens(),), keeps=True, shares=True),
+    Kind(
+        name="tiered-host",
+        make=lambda: _tiered(HostTier()),
+        roles=(Tokens(),),
+        keeps=True,
+        promotes=False,
+        shares_rows=True,
+    ),
+    Kind(
+        name="tiered-disk",
+        make=lambda: _tiered(DiskTier(memory_bytes=0)),
+        roles=(Tokens(),),
+        keeps=True,
+        promotes=False,
+        shares_rows=True,
+    ),
+    Kind(
+        name="tiered-disk+recurrent",
+        make=lambda: HybridLayer(_tiered(DiskTier(memory_bytes=0)), recurrent=RecurrentLayer()),
+        roles=(Tokens(), _STATES),
+        crops_within=lambda seen: 0,
+        promotes=False,
+        shares_rows=True,
+    ),
+    Kind(
+        name="packed",
+        make=lambda: Stretched(PackedLayer(_packed("int8(residual=20, rotate=no, keys=token)"))),
+        roles=(Tokens(within=0.45),),
+        keeps=True,
+        has_history=True,
+    ),
+    Kind(
+        name="packed-channel",
+        make=lambda: Stretched(
+            PackedLayer(_packed("int8(residual=0, rotate=yes, keys=channel, values=channel)"))
+        ),
+        roles=(Tokens(within=2.0),),
+        keeps=True,
+        has_history=True,
+    ),
+    Kind(
+        name="packed-window",
+        make=lambda: Stretched(
+            PackedWindowLayer(_PAST * TIMES + 1, _packed("int8(residual=1, rotate=no, keys=token)"))
+        ),
+        roles=(Tokens(WINDOW, bound=_PAST, within=0.45),),
+        crops_within=lambda seen: seen if seen <= _PAST else 0,
+        has_history=True,
+    ),
+    Kind(
+        name="packed+recurrent",
+        make=lambda: HybridLayer(
+            Stretched(PackedLayer(_packed("int8(residual=9, rotate=no, keys=token)"))),
+            recurrent=RecurrentLayer(),
+        ),
+        roles=(Tokens(within=0.45), _STATES),
+        crops_within=lambda seen: 0,
+        has_history=True,
+    ),
     Kind(
         name="cross",
         make=CrossLayer,

@@ -176,8 +176,18 @@ def test_rewritten_by_another_program(tmp_path: Path, whole: bytes) -> None:
     safetensors.torch.save_file(loaded, path, changed)
     if path.read_bytes() != whole:
         assert type(refusal(path)) is DamagedFile
-    safetensors.torch.save_file(loaded, path, {**changed, "format_version": "99"})
-    assert type(refusal(path)) is NewerVersion
+    for _ in range(50):  # the order of safetensors' metadata is another one each time
+        safetensors.torch.save_file(loaded, path, {**changed, "format_version": "99"})
+        assert type(refusal(path)) is NewerVersion
+
+
+def test_rewritten_in_our_order(tmp_path: Path, whole: bytes) -> None:
+    """Our entries in our order, the version without its zeros."""
+    length = int.from_bytes(whole[:8], "little")
+    fields = json.loads(whole[8 : 8 + length])
+    fields["__metadata__"]["format_version"] = "99"
+    body = json.dumps(fields, separators=(",", ":")).encode().ljust(length)
+    assert type(refusal_of(whole[:8] + body + whole[8 + length :], tmp_path)) is NewerVersion
 
 
 # -- forged: everything is consistent but for one lie, digest included ---------------------------

@@ -36,13 +36,18 @@ def test_every_supported_family_is_recorded(tool: ModuleType) -> None:
     assert {(4, 57), (5, 14), (5, 23)} <= set(tool.records())
 
 
+#: Asked for where a release has it and done without in 4.57: a table of ways to run experts.
+ONLY_NEWER = {"transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS"}
+
+
 def test_the_list_follows_the_sources(tool: ModuleType) -> None:
     imports = tool.imports()
     assert "hf/masks.py" in imports["transformers.masking_utils.AttentionMaskInterface"]
     named = tool.attributes()
     assert "hf/enabling.py" in named["PreTrainedConfig._attn_implementation"]
     found = tool.surface()
-    assert all(what != "missing" for what in found["imports"].values())
+    missing = {name for name, what in found["imports"].items() if what == "missing"}
+    assert missing <= (ONLY_NEWER if transformers.__version__.startswith("4.") else set())
     assert found["asked of a cache"]["update"] == "called"
     assert found["asked of a layer"]["keys"] == "read"
 

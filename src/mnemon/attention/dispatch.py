@@ -4,8 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mnemon.attention import cpu
 from mnemon.attention.grouped import explicit_attention, fused_attention, spread_attention
+from mnemon.attention.packed import attend_packed
+from mnemon.attention.stream import StreamedTensor, attend_stream
+from mnemon.attention.triton import decode as decode_on_gpu
+from mnemon.attention.triton import supports as served_on_gpu
 from mnemon.errors import CacheError
+from mnemon.formats import PackedTensor
 from mnemon.types import Keys, Queries, Values
 
 __all__ = ["FEW_ROWS", "attend", "check_shapes", "merge_masks"]
@@ -32,8 +38,9 @@ def attend(
     Args:
         query: queries, [batch, heads, new, head_dim].
         keys: keys, [batch, kv_heads, tokens, head_dim], strided as a buffer with reserve hands
-            them out; ``heads`` is a multiple of ``kv_heads``.
+            them out; ``heads`` is a multiple of ``kv_heads``. A `PackedTensor` is read packed.
         values: values, [batch, kv_heads, tokens, value_dim]; value_dim may differ from head_dim.
+            Packed where the keys are.
         mask: which tokens are seen: bool (True = seen) or numbers added to the scores;
             broadcastable to [batch, heads, new, tokens].
         scale: factor on the dot products; None is ``head_dim ** -0.5``.
@@ -53,6 +60,44 @@ def attend(
         The conventions of `mnemon.attention.reference.attention`, which is the oracle of this one.
     """
     check_shapes(query, keys, values, mask)
+    if bias is not None and bias.ndim < 4:
+        bias = bias[(None,) * (4 - bias.ndim)]
+    if (
+        isinstance(keys, StreamedTensor)
+        and isinstance(values, StreamedTensor)
+        and keys.stream is values.stream
+        and keys.is_keys
+        and not values.is_keys
+    ):
+        return attend_stream(
+            query, keys.stream,
+            mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks, bias=bias,
+        )  # fmt: skip
+    if (
+        query.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and cpu.serves(query, keys, values, mask, bias, sinks)
+    ):
+        return cpu.decode(
+            query, keys, values,
+            mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks, bias=bias,
+        )  # fmt: skip
+    if (
+        query.device.type == "cuda"
+        and (isinstance(keys, PackedTensor) or query.dtype != torch.float32)
+        and served_on_gpu(query, keys, values)
+    ):
+        out = decode_on_gpu(
+            query, keys, values,
+            mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks, bias=bias,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+    if isinstance(keys, PackedTensor) and isinstance(values, PackedTensor):
+        return attend_packed(
+            query, keys.half, values.half,
+            mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks, bias=bias,
+        )  # fmt: skip
     num_new, num_tokens = query.shape[2], keys.shape[2]
     plain_scores = softcap is None and sinks is None
     if num_new == 1:
@@ -96,16 +141,21 @@ def merge_masks(mask: Tensor | None, other: Tensor | None, dtype: torch.dtype) -
 
 def check_shapes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
     """Raise `CacheError` unless the four fit together, naming what came and what was expected."""
-    if query.shape[1] % keys.shape[1]:
+    if not keys.shape[1] or query.shape[1] % keys.shape[1]:
         raise CacheError(
             f"{query.shape[1]} query heads cannot share {keys.shape[1]} key heads: expected a "
             "multiple; check that keys come as [batch, kv_heads, tokens, head_dim]"
         )
-    if keys.shape[:3] != values.shape[:3] or query.shape[-1] != keys.shape[-1]:
+    if (
+        keys.shape[:3] != values.shape[:3]
+        or query.shape[-1] != keys.shape[-1]
+        or query.shape[0] != keys.shape[0]
+    ):
         raise CacheError(
             f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and values "
-            f"{tuple(values.shape)} do not fit: expected keys and values of one batch, head count "
-            "and length, and keys as wide as queries; pass them as the cache layer returned them"
+            f"{tuple(values.shape)} do not fit: expected keys and values of the query's batch, of "
+            "one head count and length, and keys as wide as queries; pass them as the cache layer "
+            "returned them"
         )
     if mask is not None and (mask.ndim != 4 or mask.shape[-1] not in (1, keys.shape[2])):
         raise CacheError(
@@ -113,3 +163,10 @@ def check_shapes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
             "expected [batch or 1, heads or 1, new or 1, tokens]; build it from the lengths that "
             "the cache's get_mask_sizes gives, or cut it to the keys"
         )
+    if mask is not None:
+        for size, full in zip(mask.shape[:3], query.shape[:3], strict=True):
+            if size != 1 and size != full:
+                raise CacheError(
+                    f"a mask of shape {tuple(mask.shape)} does not fit a query of shape "
+                    f"{tuple(query.shape)}: expected [batch or 1, heads or 1, new or 1, tokens]"
+                )

@@ -94,8 +94,7 @@ def _tensors(layer: CacheLayer, index: int) -> tuple[torch.Tensor, ...]:
             f"Layer {index} is of kind {layer.kind!r}, which keeps more than one pair of keys and "
             f"values: the old tuples have no place for it. Use cache.save(path) or cache.fork()."
         )
-    held = layer.state().tensors
-    return held["keys"], held["values"]
+    return layer.dense_pair()
 
 
 def _entry(item: object, index: int, config: PreTrainedConfig | None) -> Entry:
@@ -175,7 +174,7 @@ def _without_config(entries: list[Entry], recipe: Recipe, paired: bool) -> Cache
             "The tuple has no layers, and nothing else says how many there are: pass the model's "
             "config, or make an empty cache with mnemon.Cache(config)."
         )
-    own = [kinds.build(LayerSpec(), recipe) for _ in entries]
+    own = kinds.build_all([LayerSpec()] * len(entries), recipe)
     if not paired:
         return Cache._of(PreTrainedConfig(), recipe, own)
     cache = object.__new__(EncoderDecoderCache)

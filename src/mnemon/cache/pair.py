@@ -61,7 +61,7 @@ class EncoderDecoderCache(Cache, PairFacade):
         self._init_groups(
             config,
             parsed,
-            [kinds.build(spec, parsed) for spec in specs],
+            kinds.build_all(specs, parsed),
             [kinds.CrossLayer() for _ in specs],
         )
 

@@ -18,7 +18,7 @@ from mnemon.hf.kinds import is_encoder_decoder, layer_specs
 from mnemon.hf.names import PreTrainedConfig, removed_by
 from mnemon.layers.base import CacheLayer, row_index
 from mnemon.recipe import Recipe
-from mnemon.report import Report, report
+from mnemon.report import Report, places, report
 from mnemon.token_log import PADDING, TokenLog
 
 __all__ = ["Cache"]
@@ -34,7 +34,8 @@ class Cache(NamedTokens):
 
     Args:
         config: the model's config; of a multimodal model the text part is used.
-        recipe: how it is stored, e.g. ``""`` (dense, grows in place) or ``"static(4096)"``.
+        recipe: how it is stored, e.g. ``""`` (dense, grows in place), ``"static(4096)"``,
+            ``"int4"``.
 
     Raises:
         RecipeError: a recipe that cannot be parsed or is not there yet.
@@ -54,7 +55,7 @@ class Cache(NamedTokens):
     def __init__(self, config: PreTrainedConfig, recipe: str | Recipe = "") -> None:
         parsed = recipes.parse(recipe)
         specs = layer_specs(config)
-        self._init_state(config, parsed, [kinds.build(spec, parsed) for spec in specs])
+        self._init_state(config, parsed, kinds.build_all(specs, parsed))
 
     def _init_state(
         self, config: PreTrainedConfig, recipe: Recipe, layers: list[CacheLayer]
@@ -109,6 +110,10 @@ class Cache(NamedTokens):
     def nbytes(self) -> int:
         """Bytes stored, all layers."""
         return sum(layer.nbytes for layer in self._all_layers)
+
+    def nbytes_by_place(self) -> dict[str, int]:
+        """`nbytes` by where they lie: ``"device"``, ``"host"``, ``"disk"``."""
+        return places(self._all_layers)
 
     @property
     def nbytes_reserved(self) -> int:
@@ -393,8 +398,8 @@ class Cache(NamedTokens):
     def to_legacy(self) -> tuple[tuple[torch.Tensor, ...], ...]:
         """The old form: ``(keys, values)`` per layer, four tensors with an encoder; views.
 
-        A window layer gives what it stores; layers that keep nothing are left out; an empty cache
-        gives ``()``.
+        A window layer gives what it stores, a packed layer dequantized copies; layers that keep
+        nothing are left out; an empty cache gives ``()``.
 
         Raises:
             CacheError: a layer that keeps more than keys and values.

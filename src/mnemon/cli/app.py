@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": ("mnemon.cli.chat", "Talk to a model over several turns; its cache is kept and saved."),
     "plan": ("mnemon.cli.plan", "Which recipes fit in memory, before anything is loaded."),
     "inspect": ("mnemon.cli.inspect", "What a saved cache holds."),
+    "export": ("mnemon.cli.export", "A model with free lengths to ONNX, torch or AOTInductor."),
     "migrate": ("mnemon.cli.migrate", "Old names of the cache API in your code, to modern ones."),
     "bench": ("mnemon.cli.bench", "Speed and memory against transformers' own caches."),
 }

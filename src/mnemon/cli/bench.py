@@ -1,9 +1,14 @@
-"""`mnemon bench`: speed and memory against transformers' own caches over a sweep of contexts."""
+"""`mnemon bench`: speed and memory against transformers' own caches over a sweep of contexts.
+
+With `--kernels` attention alone, against torch's and against the speed of the memory.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,11 +18,12 @@ from mnemon.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mnemon.cli.bench_run import Settings
+    from mnemon.cli import bench_run
     from mnemon.cli.contenders import Contender
 
 MODEL_CONTEXTS = "128,512,1k,2k"
 SHAPE_CONTEXTS = "128,1k,8k,32k"
+KERNEL_CONTEXTS = "1k,4k,16k,64k"
 MAIN_CACHES = ("DynamicCache", "StaticCache", "dense + attach")
 
 
@@ -31,7 +37,8 @@ def command(
             "--contexts",
             "-c",
             help=f"Tokens held while decoding, separated by commas. "
-            f"[default: {MODEL_CONTEXTS}; with --shape {SHAPE_CONTEXTS}]",
+            f"[default: {MODEL_CONTEXTS}; with --shape {SHAPE_CONTEXTS}; "
+            f"with --kernels {KERNEL_CONTEXTS}]",
             show_default=False,
         ),
     ] = None,
@@ -39,11 +46,24 @@ def command(
         str | None,
         typer.Option("--shape", help="Random weights instead of a model: 162m or tiny."),
     ] = None,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Attention of one decode step alone, without a model."),
+    ] = False,
+    heads: Annotated[int, typer.Option("--heads", min=1, help="With --kernels: of queries.")] = 32,
+    kv_heads: Annotated[
+        int, typer.Option("--kv-heads", min=1, help="With --kernels: of keys and values.")
+    ] = 8,
+    head_dim: Annotated[
+        int, typer.Option("--head-dim", min=1, help="With --kernels: their width.")
+    ] = 128,
     cache: Annotated[
         list[str] | None,
         typer.Option(
             "--cache",
-            help="Only this cache, as the table names it; repeatable. DynamicCache always runs.",
+            help="Only this cache, as the table names it, or any recipe (with or without "
+            "' + attach'), or quanto-4, hqq-4; with --kernels a format: bf16, int4, ...; "
+            "repeatable. What everything is compared with always runs.",
         ),
     ] = None,
     every: Annotated[
@@ -58,6 +78,9 @@ def command(
             show_default=False,
         ),
     ] = None,
+    prefill_rounds: Annotated[
+        int, typer.Option("--prefill-rounds", min=1, help="With prefill: how often, in turns.")
+    ] = 1,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare tokens in float32 as well.")
     ] = True,
@@ -78,15 +101,31 @@ def command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Write bench.html, .md, .json and charts to this folder."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Write bench.html, .md, .json and charts to this folder (with --kernels "
+            "kernels.html, ...).",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Speed and memory against transformers' own caches, over a sweep of contexts.
 
     All caches hold the same content and take turns in one process. Exits with 3 if one that
-    should give the same tokens in float32 does not.
+    should give the same tokens in float32 does not. With --kernels attention alone is measured,
+    against torch's and against how fast memory can be read.
     """
+    if kernels:
+        if model is not None or shape is not None:
+            raise typer.BadParameter("--kernels takes --heads and --head-dim, no model or --shape")
+        if heads % kv_heads:
+            raise typer.BadParameter(f"--heads {heads} is no multiple of --kv-heads {kv_heads}")
+        _kernels(
+            _contexts(KERNEL_CONTEXTS if contexts is None else contexts),
+            *(cache, heads, kv_heads, head_dim, batch, rounds, device, threads, out, as_json),
+        )
+        return
     from mnemon.cli import bench_report, bench_run, environment
 
     if model is not None and shape is not None:
@@ -99,13 +138,15 @@ def command(
         rounds=rounds,
         steps=steps,
         prefill=shape is None if prefill is None else prefill,
+        prefill_rounds=prefill_rounds,
         check=check,
         batch=batch,
     )
     loaded, name = _load(model, shape, dtype, device, threads)
     _check_lengths(loaded, settings, name)
     rivals = _rivals(loaded, cache, main_only=shape is not None and not every)
-    results = _with_progress(loaded, rivals, settings, name)
+    with _progress(name, bench_run.num_units(settings, rivals)) as progress:
+        results = bench_run.measure(loaded, rivals, settings, progress)
     record = bench_report.record(name, loaded, settings, results, environment.environment())
     if out is not None:
         bench_report.write(record, out)
@@ -115,6 +156,51 @@ def command(
         bench_report.show(record, out)
     if any(row["same_tokens"] is False for row in record["results"]):
         raise typer.Exit(output.EXIT_NO)
+
+
+def _kernels(
+    contexts: tuple[int, ...],
+    formats: list[str] | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    batch: int,
+    rounds: int,
+    device: str,
+    threads: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """`mnemon bench --kernels`."""
+    import torch
+
+    from mnemon.cli import bench_kernels, bench_kernels_report, environment, models
+
+    unknown = [name for name in formats or () if name not in bench_kernels.FORMATS]
+    if unknown:
+        names = ", ".join(bench_kernels.FORMATS)
+        raise typer.BadParameter(f"--cache: with --kernels one of {names}; got {unknown[0]!r}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = bench_kernels.Settings(
+        contexts=contexts,
+        formats=tuple(dict.fromkeys(formats or bench_kernels.FORMATS)),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        batch=batch,
+        rounds=rounds,
+        device=str(models.parse_device(device)),
+    )
+    with _progress("kernels", bench_kernels.num_units(settings)) as progress:
+        measured = bench_kernels.measure(settings, progress)
+    record = bench_kernels_report.record(settings, measured, environment.environment())
+    if out is not None:
+        bench_kernels_report.write(record, out)
+    if as_json:
+        output.print_json(record)
+    else:
+        bench_kernels_report.show(record, out)
 
 
 def _contexts(text: str) -> tuple[int, ...]:
@@ -141,7 +227,7 @@ def _load(
     return bench_run.random_model(shape, chosen, where), f"random Llama {shape}"
 
 
-def _check_lengths(model: PreTrainedModel, settings: Settings, name: str) -> None:
+def _check_lengths(model: PreTrainedModel, settings: bench_run.Settings, name: str) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(settings.contexts) + settings.capacity
     if isinstance(limit, int) and longest > limit:
@@ -155,34 +241,38 @@ def _rivals(
     model: PreTrainedModel, wanted: list[str] | None, *, main_only: bool
 ) -> list[Contender]:
     from mnemon.cli.bench_run import REFERENCE
-    from mnemon.cli.contenders import contenders
+    from mnemon.cli.contenders import contender, contenders
+    from mnemon.errors import RecipeError
 
     known = contenders(model)
-    names = {rival.name for rival in known}
-    unknown = [name for name in wanted or [] if name not in names]
-    if unknown:
-        raise typer.BadParameter(
-            f"--cache: no cache {unknown[0]!r} here; there are {', '.join(sorted(names))}"
-        )
-    chosen = set(wanted or (MAIN_CACHES if main_only else names)) | {REFERENCE}
-    return [rival for rival in known if rival.name in chosen]
+    if wanted is None:
+        chosen = {*MAIN_CACHES} if main_only else {rival.name for rival in known}
+        return [rival for rival in known if rival.name in chosen]
+    found = {REFERENCE: known[0]}
+    for name in wanted:
+        try:
+            rival = contender(model, name)
+        except RecipeError as error:
+            names = ", ".join(sorted(each.name for each in known))
+            raise typer.BadParameter(
+                f"--cache: no cache {name!r} here; there are {names}, and every recipe. {error}"
+            ) from error
+        found[rival.name] = rival
+    return list(found.values())
 
 
-def _with_progress(
-    model: PreTrainedModel, rivals: list[Contender], settings: Settings, name: str
-) -> list[Any]:
-    """Measure under a progress bar on stderr, so that --json stays clean."""
+@contextmanager
+def _progress(name: str, num_units: int) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar on stderr, so that --json stays clean."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from mnemon.cli import bench_run
-
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=bench_run.num_units(settings, rivals))
+        task = bar.add_task(name, total=num_units)
 
         def progress(doing: str, units: int) -> None:
             bar.update(task, advance=units, description=doing or None)
             bar.refresh()  # before the work, so that the thread that draws does not disturb it
 
-        return bench_run.measure(model, rivals, settings, progress)
+        yield progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The palette of report.css (light): transformers in warm and grey tones, mnemon in blue and green.
-_THEIRS = ("#6b7280", "#a16207", "#c2410c", "#9f1239")
-_OURS = ("#60a5fa", "#1d4ed8", "#34a391", "#0b6e5f")
-_ONLY_WRITTEN = ("ms/token", "held")  # in the files; a terminal of 80 columns has no room
+_THEIRS = ("#6b7280", "#a16207", "#c2410c", "#9f1239", "#d97706", "#57534e")
+_OURS = (
+    *("#60a5fa", "#1d4ed8", "#34a391", "#0b6e5f"),
+    *("#7c3aed", "#0891b2", "#4d7c0f", "#be185d"),
+    *("#312e81", "#22c55e", "#a78bfa", "#0f766e"),
+)
+_ONLY_WRITTEN = (
+    "ms/token",
+    "prefill x",
+    "held",
+)  # in the files; a terminal of 80 columns has no room
 _CHARTS = (
     ("decode", "tokens_per_s", "Decode speed", "tokens per second"),
     ("ratio", "speed_ratio", f"Decode speed against {REFERENCE}", "times as fast"),
@@ -93,14 +102,14 @@ def _note(found: dict[str, Any]) -> str:
     return (
         f"Medians of {steps} steps; the caches took turns and held the same content "
         f"({found['filled_by']}). x: speed against {REFERENCE}. peak: how far memory rose while "
-        "the cache was filled. same: the reference's tokens, in float32."
+        "the cache was filled. same: the reference's tokens, in float32, where they are promised."
     )
 
 
 def _columns(found: dict[str, Any]) -> list[str]:
     titles = ["tok/s", "ms/token", "x"]
     if found["filled_by"] == "prefill":
-        titles.append("prefill/s")
+        titles += ["prefill/s", "prefill x"]
     titles += ["append us", "stored", "held", "peak"]
     if any(row["same_tokens"] is not None for row in found["results"]):
         titles.append("same")
@@ -115,6 +124,7 @@ def _cells(found: dict[str, Any], row: dict[str, Any]) -> list[str]:
         "ms/token": (row["step_ms"], lambda v: f"{v:,.2f}"),
         "x": (row["speed_ratio"], lambda v: f"{v:.2f}"),
         "prefill/s": (row["prefill_tokens_per_s"], lambda v: f"{v:,.0f}"),
+        "prefill x": (row["prefill_ratio"], lambda v: f"{v:.2f}"),
         "append us": (row["append_us"], lambda v: f"{v:,.0f}"),
         "stored": (row["stored_bytes"], size),
         "held": (row["held_bytes"], size),
@@ -161,7 +171,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
             continue
         figure.savefig(folder / f"{file}.png", dpi=144)
         figure.savefig(folder / f"{file}.svg")
-        drawings.append((title, _svg(folder / f"{file}.svg")))
+        drawings.append((title, svg(folder / f"{file}.svg")))
     (folder / "bench.html").write_text(_page(found, drawings), encoding="utf-8")
 
 
@@ -229,7 +239,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     libraries = {row["cache"]: row["library"] for row in found["results"]}
     slots = {"mnemon": list(_OURS), "transformers": list(_THEIRS)}
     if sum(library == "mnemon" for library in libraries.values()) == 1:
-        slots["mnemon"] = [_OURS[-1]]
+        slots["mnemon"] = [_OURS[3]]
     lines = []
     for name, library in libraries.items():
         colours = slots[library]
@@ -238,24 +248,13 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _svg(path: Path) -> str:
+def svg(path: Path) -> str:
     """A figure to put inside a page: without the XML prologue."""
     text = path.read_text(encoding="utf-8")
     return text[text.index("<svg") :]
 
 
 def _page(found: dict[str, Any], drawings: list[tuple[str, str]]) -> str:
-    """One self-contained page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=PackageLoader("mnemon.cli", "templates"), autoescape=True, undefined=StrictUndefined
-    )
-    loader = environment.loader
-    assert loader is not None
-    css = loader.get_source(environment, "report.css")[0]
-    columns = _columns(found)
     rows = [
         {
             "context": output.format_context(row["context"]),
@@ -266,12 +265,59 @@ def _page(found: dict[str, Any], drawings: list[tuple[str, str]]) -> str:
         }
         for row in found["results"]
     ]
-    return environment.get_template("bench.html.jinja").render(
-        css=Markup(css),
+    return page(
+        kicker="mnemon bench",
+        heading="Decoding with each cache, at each context",
+        of="cache",
         title=_title(found),
         note=_note(found),
+        columns=_columns(found),
+        rows=rows,
+        drawings=drawings,
+        environment=found["environment"],
+    )
+
+
+def page(
+    *,
+    kicker: str,
+    heading: str,
+    of: str,
+    title: str,
+    note: str,
+    columns: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    drawings: Sequence[tuple[str, str]],
+    environment: dict[str, Any],
+) -> str:
+    """One self-contained page.
+
+    Args:
+        kicker, heading, title, note: what stands above, from small to large and back.
+        of: what a row is about, the title of the second column.
+        columns: titles of the `cells` of each row.
+        rows: with "context", "cache" (the row's name), "ours", "error" and "cells".
+        drawings: title and SVG of each chart.
+        environment: where it was measured.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    templates = Environment(
+        loader=PackageLoader("mnemon.cli", "templates"), autoescape=True, undefined=StrictUndefined
+    )
+    loader = templates.loader
+    assert loader is not None
+    css = loader.get_source(templates, "report.css")[0]
+    return templates.get_template("bench.html.jinja").render(
+        css=Markup(css),
+        kicker=kicker,
+        heading=heading,
+        of=of,
+        title=title,
+        note=note,
         columns=columns,
         rows=rows,
-        drawings=[(name, Markup(svg)) for name, svg in drawings],
-        environment=found["environment"],
+        drawings=[(name, Markup(drawing)) for name, drawing in drawings],
+        environment=environment,
     )

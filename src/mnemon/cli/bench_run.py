@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnemon.cli.contenders import Contender, held_bytes, stored_bytes
 from mnemon.cli.trial import PeakMemory
-from mnemon.errors import MnemonError, ModelError
+from mnemon.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,7 @@ class Settings:
         steps: decode steps in each turn.
         prefill: fill by running the model over real tokens (and time it) instead of with random
             keys and values.
+        prefill_rounds: how often each contender fills an empty cache, in turns, when `prefill`.
         check: also compare tokens in float32.
         batch: rows.
     """
@@ -71,6 +72,7 @@ class Settings:
     rounds: int = 4
     steps: int = 8
     prefill: bool = True
+    prefill_rounds: int = 1
     check: bool = True
     batch: int = 1
 
@@ -88,7 +90,7 @@ class Result:
         context: tokens held when decoding began.
         name, library: of the contender.
         step_s: seconds of every decode step.
-        prefill_s: seconds of filling by the model, once; None when filled with random numbers.
+        prefill_s: seconds of every filling by the model; none when filled with random numbers.
         append_s: seconds to append one token to all layers, without the model.
         stored_bytes, held_bytes: of the cache at the end; held counts reserve.
         peak_bytes: how far memory rose while it was filled and warmed up; None where unknown.
@@ -100,7 +102,7 @@ class Result:
     name: str
     library: str
     step_s: list[float] = field(default_factory=list)
-    prefill_s: float | None = None
+    prefill_s: list[float] = field(default_factory=list)
     append_s: float | None = None
     stored_bytes: int | None = None
     held_bytes: int | None = None
@@ -113,10 +115,17 @@ class Result:
         """Median milliseconds per decode step."""
         return 1e3 * statistics.median(self.step_s) if self.step_s else None
 
+    @property
+    def prefill_median_s(self) -> float | None:
+        """Median seconds to fill an empty cache."""
+        return statistics.median(self.prefill_s) if self.prefill_s else None
+
     def to_dict(self, batch: int, reference: Result | None) -> dict[str, Any]:
         """JSON-able, with what follows from the raw figures."""
         step = self.step_ms
         base = reference.step_ms if reference is not None else None
+        filled = self.prefill_median_s
+        base_filled = reference.prefill_median_s if reference is not None else None
         return {
             "context": self.context,
             "cache": self.name,
@@ -126,15 +135,15 @@ class Result:
             "step_ms_min": 1e3 * min(self.step_s) if self.step_s else None,
             "tokens_per_s": 1e3 * batch / step if step else None,
             "speed_ratio": base / step if base and step else None,
-            "prefill_tokens_per_s": (
-                batch * self.context / self.prefill_s if self.prefill_s else None
-            ),
+            "prefill_tokens_per_s": batch * self.context / filled if filled else None,
+            "prefill_ratio": base_filled / filled if base_filled and filled else None,
             "append_us": None if self.append_s is None else 1e6 * self.append_s,
             "stored_bytes": self.stored_bytes,
             "held_bytes": self.held_bytes,
             "peak_bytes": self.peak_bytes,
             "same_tokens": self.same_tokens,
             "steps_ms": [round(1e3 * seconds, 4) for seconds in self.step_s],
+            "prefills_s": [round(seconds, 7) for seconds in self.prefill_s],
         }
 
 
@@ -190,7 +199,8 @@ def measure(
 
 def num_units(settings: Settings, rivals: Sequence[Contender]) -> int:
     """Units of work that `measure` reports, for a progress bar."""
-    per_rival = 1 + settings.rounds + (1 if settings.check else 0)
+    fills = settings.prefill_rounds if settings.prefill else 1
+    per_rival = fills + settings.rounds + (1 if settings.check else 0)
     return len(settings.contexts) * len(rivals) * per_rival
 
 
@@ -211,15 +221,24 @@ def _at(
         progress(f"{context:,} tokens: fill {rival.name}", 0)
         try:
             caches[rival.name] = _filled(model, rival, result, settings, ids)
-        except (MnemonError, ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+        except Exception as error:  # each library fails in its own way; the others go on
+            if rival.name == REFERENCE:
+                raise
             result.error = _first_line(error)
         progress("", 1)
     running = [(r, s) for r, s in zip(rivals, results, strict=True) if not s.error]
+    for turn in range(1, settings.prefill_rounds if settings.prefill else 0):
+        for rival, result in _in_turn(running, turn):
+            progress(f"{context:,} tokens: prefill {rival.name}", 0)
+            with rival.session(model):
+                cache = rival.make(context + settings.capacity)
+                result.prefill_s.append(_prefill(model, cache, ids[:, :context]))
+            del cache
+            progress("", 1)
     start = context + WARM_UP_STEPS
     for turn in range(settings.rounds):
         at = start + turn * settings.steps
-        # Every other round the other way round: nobody always follows the same neighbour.
-        for rival, result in running if turn % 2 == 0 else running[::-1]:
+        for rival, result in _in_turn(running, turn):
             progress(f"{context:,} tokens: decode {rival.name}", 0)
             with rival.session(model):
                 for position in range(at, at + settings.steps):
@@ -235,6 +254,11 @@ def _at(
     return results
 
 
+def _in_turn(running: list[tuple[Contender, Result]], turn: int) -> list[tuple[Contender, Result]]:
+    """Every other round the other way round: nobody always follows the same neighbour."""
+    return running if turn % 2 == 0 else running[::-1]
+
+
 def _filled(
     model: PreTrainedModel, rival: Contender, result: Result, settings: Settings, ids: torch.Tensor
 ) -> Any:
@@ -245,16 +269,22 @@ def _filled(
         cache = rival.make(context + settings.capacity)
         with rival.session(model):
             if settings.prefill:
-                begin = time.perf_counter()
-                _forward(model, ids[:, :context], cache)
-                _wait(model)
-                result.prefill_s = time.perf_counter() - begin
+                result.prefill_s.append(_prefill(model, cache, ids[:, :context]))
             else:
                 fill(model, cache, ids, context)
             for position in range(context, context + WARM_UP_STEPS):
                 _step(model, cache, ids, position)
     result.peak_bytes = peak.bytes
     return cache
+
+
+def _prefill(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> float:
+    """Seconds to fill an empty cache by the model."""
+    _wait(model)
+    begin = time.perf_counter()
+    _forward(model, ids, cache)
+    _wait(model)
+    return time.perf_counter() - begin
 
 
 def fill(model: PreTrainedModel, cache: Any, ids: torch.Tensor, num_tokens: int) -> None:
@@ -399,8 +429,7 @@ def _check(
             if not result.error:
                 tokens = _greedy(model, rival, settings, context)
                 expected = tokens if rival.name == REFERENCE else expected
-                # Quantized caches are not meant to give the same tokens.
-                if expected is not None and "Quantized" not in rival.name:
+                if expected is not None and rival.lossless:
                     result.same_tokens = tokens == expected
             progress("", 1)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["Contender", "contenders", "held_bytes", "held_tokens", "stored_bytes"]
+__all__ = ["Contender", "contender", "contenders", "held_bytes", "held_tokens", "stored_bytes"]
 
 REFERENCE = "DynamicCache"  # the cache that everything else is compared with
+ATTACHED = " + attach"
+LOSSLESS_FORMATS = ("dense", "static")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +28,14 @@ class Contender:
         library: "transformers" or "mnemon".
         make: from the number of tokens it must hold to an empty cache.
         attached: whether `mnemon.attach` is in force while it runs.
+        lossless: whether it should give the reference's tokens.
     """
 
     name: str
     library: str
     make: Callable[[int], Any]
     attached: bool = False
+    lossless: bool = True
 
     def session(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """What must be open around a forward pass with this cache."""
@@ -46,6 +50,23 @@ class Contender:
 def contenders(model: PreTrainedModel) -> list[Contender]:
     """Every cache that can be tried here, transformers' dynamic one (the reference) first."""
     return [*_transformers_caches(model.config), *_recipes(model.config)]
+
+
+def contender(model: PreTrainedModel, name: str) -> Contender:
+    """The cache that a user calls `name`.
+
+    Args:
+        model: what it is for.
+        name: as `contenders` lists it; "quanto-4" and "hqq-4" for transformers' quantized caches;
+            any recipe, alone or with " + attach".
+
+    Raises:
+        RecipeError: none of these.
+    """
+    for each in contenders(model):
+        if name == each.name or (each.name.endswith("-4") and each.name.endswith(f" {name}")):
+            return each
+    return _recipe(model.config, name.removesuffix(ATTACHED), attached=name.endswith(ATTACHED))
 
 
 def _transformers_caches(config: Any) -> Iterator[Contender]:
@@ -63,6 +84,7 @@ def _transformers_caches(config: Any) -> Iterator[Contender]:
         name="QuantizedCache fp8",
         library="transformers",
         make=lambda tokens: QuantizedCache("fp8", config),
+        lossless=False,
     )
     # hqq groups along the last axis only; quanto's own default is right for quanto.
     for package, backend, options in (
@@ -74,7 +96,12 @@ def _transformers_caches(config: Any) -> Iterator[Contender]:
             def make(tokens: int, backend: str = backend, options: Any = options) -> Any:
                 return QuantizedCache(backend, config, nbits=4, **options)
 
-            yield Contender(name=f"QuantizedCache {backend}-4", library="transformers", make=make)
+            yield Contender(
+                name=f"QuantizedCache {backend}-4",
+                library="transformers",
+                make=make,
+                lossless=False,
+            )
 
 
 def _installed(package: str) -> bool:
@@ -85,23 +112,39 @@ def _installed(package: str) -> bool:
 
 
 def _recipes(config: Any) -> Iterator[Contender]:
-    import mnemon
     from mnemon import recipe
 
     for usage in recipe.available():
-        # "static(4096)" is an example: the demo sizes it to what each run needs.
-        sized = recipe.parse(usage).static_tokens is not None
-        for attached in (False, True):
+        parsed = recipe.parse(usage)
+        plain = parsed.format.name in LOSSLESS_FORMATS and parsed.tier is None
+        # What is packed or lies elsewhere is made to be read by mnemon's attention: without it
+        # every step makes all of it dense.
+        for attached in (False, True) if plain else (True,):
+            yield _recipe(config, usage, attached=attached)
 
-            def make(tokens: int, usage: str = usage, sized: bool = sized) -> Any:
-                return mnemon.Cache(config, f"static({tokens})" if sized else usage)
 
-            yield Contender(
-                name=("static" if sized else usage) + (" + attach" if attached else ""),
-                library="mnemon",
-                make=make,
-                attached=attached,
-            )
+def _recipe(config: Any, usage: str, *, attached: bool) -> Contender:
+    import mnemon
+    from mnemon import recipe
+
+    parsed = recipe.parse(usage)
+    # "static(4096)" is an example: it is sized to what each run needs.
+    sized = parsed.static_tokens is not None
+
+    def make(tokens: int) -> Any:
+        if not sized:
+            return mnemon.Cache(config, usage)
+        form = recipe.Term(name="static", args=(tokens,))
+        return mnemon.Cache(config, str(replace(parsed, format=form)))
+
+    name = str(replace(parsed, format=recipe.Term(name="static"))) if sized else usage
+    return Contender(
+        name=name + (ATTACHED if attached else ""),
+        library="mnemon",
+        make=make,
+        attached=attached,
+        lossless=parsed.format.name in LOSSLESS_FORMATS and not parsed.policies,
+    )
 
 
 def stored_bytes(cache: Any) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mnemon.errors import ModelError
 
@@ -96,13 +96,16 @@ def read_config(name: str | None) -> tuple[dict[str, Any], ModelSource]:
     return config, source
 
 
-def load_model(name: str | None, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    name: str | None, *, dtype: str = "auto", device: str = "auto", with_tokenizer: bool = True
+) -> LoadedModel:
     """Load a model and its tokenizer, in evaluation mode.
 
     Args:
         name: None, "" or "tiny-stdlib" for the bundled model; a folder; a Hub name "org/model".
         dtype: "auto" (as the weights were saved), "float32", "bfloat16" or "float16".
         device: "auto" (an accelerator when there is one, else the CPU) or a torch device.
+        with_tokenizer: False for what needs no text; the tokenizer is then None.
 
     Raises:
         ModelError: it is not there, cannot be loaded, or generates no text.
@@ -131,8 +134,10 @@ def load_model(name: str | None, *, dtype: str = "auto", device: str = "auto") -
             f"{config.model_type!r} model, {missing[0]!r} among them; config.json and the weights "
             "do not belong together."
         )
+    tokenizer = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        if with_tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:
         raise ModelError(
             f"the tokenizer of {source.name} cannot be loaded: {_first_line(error)}; "
@@ -145,7 +150,8 @@ def load_model(name: str | None, *, dtype: str = "auto", device: str = "auto") -
             f"{source.name} does not go to device {device!r}: {_first_line(error)}; "
             "try --device cpu, or a smaller --dtype."
         ) from error
-    return LoadedModel(model.eval(), tokenizer, source.name, source.path)
+    # Who wants none does not look at it.
+    return LoadedModel(model.eval(), cast(Any, tokenizer), source.name, source.path)
 
 
 def parse_dtype(text: str) -> Any:

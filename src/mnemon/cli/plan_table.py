@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from mnemon import planner
 from mnemon.cli import models, output
 from mnemon.errors import ModelError, PlanError
+from mnemon.schemes import CODES, PackedFormat
 
 DEFAULT_CONTEXT = "4096"
 MAX_BATCH = 10**9
@@ -122,11 +123,16 @@ def make_plan(
     weights = planner.weight_bytes(config, facts, folder, dtype=used, as_saved=used == saved)
 
     rows = []
-    for is_static in (False,) if facts.model_type in planner.NO_STATIC else (False, True):
+    offered: list[tuple[bool, PackedFormat | None]] = [(False, None), (True, None)]
+    offered += [(False, PackedFormat.named(code)) for code in CODES]
+    for is_static, packed in offered:
+        if is_static and facts.model_type in planner.NO_STATIC:
+            continue
         slots = num_tokens if is_static else None
         plan = planner.plan_cache(
-            facts, num_tokens, batch, dtype=used, static=slots, source=source_tokens
-        )
+            facts, num_tokens, batch,
+            dtype=used, static=slots, packed=packed, source=source_tokens,
+        )  # fmt: skip
         row: dict[str, Any] = {
             "recipe": plan.recipe,
             "bytes_per_token": plan.token_bytes,
@@ -137,11 +143,12 @@ def make_plan(
         if memory_bytes is not None:
             free = memory_bytes - (weights or 0)
             one = planner.plan_cache(
-                facts, num_tokens, 1, dtype=used, static=slots, source=source_tokens
-            )
+                facts, num_tokens, 1,
+                dtype=used, static=slots, packed=packed, source=source_tokens,
+            )  # fmt: skip
             row["fits"] = plan.reserved_bytes <= free
             row["max_context"] = planner.max_context(
-                facts, free, batch, dtype=used, static=is_static
+                facts, free, batch, dtype=used, static=is_static, packed=packed
             )
             row["max_batch"] = planner.max_batch(one, free)
         else:
@@ -225,8 +232,8 @@ def _text(plan: dict[str, Any]) -> str:
             ]
         rows.append(cells)
     tail = [
-        "Exact bytes of what is kept; total: with the weights. static(n) takes all at once,",
-        "dense grows as it fills, and on an accelerator may reserve 1/8 more.",
+        "Exact bytes of what is kept; total: with the weights. static(n) takes all at once; the",
+        "others grow: dense may reserve 1/8 more on an accelerator, packed formats 1/16.",
     ]
     if plan["weight_bytes"] is None:
         tail.append("-: the weights are not on this machine, nor counted for this architecture.")

@@ -275,6 +275,8 @@ def _refuse(start: bytes, file: IO[bytes], size: int) -> NoReturn:
     if len(body) < _PREAMBLE_BYTES and alike == known and start[0] % ALIGNMENT == ALIGNMENT - 8:
         raise TruncatedFile(_ends_early(size, 8 + length if len(start) >= 8 else 8))
     if known and alike >= 0.9 * len(_MAGIC):
+        # Another program that rewrites the file may keep the entries' order, but not their widths.
+        _refuse_newer(_parsed(file, size, length))
         raise DamagedFile(
             "the first bytes are almost, but not quite, those of a mnemon cache; restore the file "
             "or compute the cache again"
@@ -299,18 +301,13 @@ def _refuse_safetensors(file: IO[bytes], size: int, length: int) -> NoReturn:
             f"the file looks like safetensors, but claims a header of {length} bytes in a file of "
             f"{size} (at most {MAX_HEADER_BYTES} are read); it is no usable cache"
         )
-    file.seek(8)
-    try:
-        header = parse_json(file.read(length), "the header")
-    except DamagedFile as error:
-        raise NotACacheFile(f"the file looks like safetensors, but {error}") from None
+    header = _parsed(file, size, length)
+    if isinstance(header, DamagedFile):
+        raise NotACacheFile(f"the file looks like safetensors, but {header}") from None
     found = header if isinstance(header, dict) else {}
     metadata = found.get("__metadata__")
     if isinstance(metadata, dict) and metadata.get("format") == "mnemon-cache":
-        version = metadata.get("format_version")
-        if isinstance(version, str) and version.isdecimal() and 0 < len(version) < 10:
-            if int(version) > FORMAT_VERSION:
-                _newer(version)
+        _refuse_newer(header)
         raise DamagedFile(
             "the header of this cache was rewritten by another program, so its digest cannot be "
             "checked; keep the file as cache.save(path) wrote it"
@@ -320,3 +317,23 @@ def _refuse_safetensors(file: IO[bytes], size: int, length: int) -> NoReturn:
         f"the file is safetensors with {len(names)} tensors ({', '.join(names[:3])[:120]} ...), "
         "but not a mnemon cache; are these a model's weights?"
     )
+
+
+def _parsed(file: IO[bytes], size: int, length: int) -> Json | DamagedFile:
+    """The header as JSON, or what is wrong with it; too long a one is not read."""
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        return DamagedFile("the header's length is not possible")
+    file.seek(8)
+    try:
+        return parse_json(file.read(length), "the header")
+    except DamagedFile as error:
+        return error
+
+
+def _refuse_newer(header: Json | DamagedFile) -> None:
+    """Raises `NewerVersion` if this parsed header says that it is one of a later format."""
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if isinstance(version, str) and version.isdecimal() and 0 < len(version) < 10:
+        if int(version) > FORMAT_VERSION:
+            _newer(version)

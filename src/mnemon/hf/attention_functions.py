@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mnemon.attention import cpu
 from mnemon.attention.dispatch import FEW_ROWS, attend
 from mnemon.attention.grouped import fused_attention, spread_attention
+from mnemon.attention.stream import StreamedTensor
 from mnemon.errors import ModelError
+from mnemon.formats import PackedTensor
 from mnemon.hf.eager import eager_function
 from mnemon.hf.masks import ATTENTION_NAME, EAGER_NAME, register_masks
 from mnemon.hf.versions import current
@@ -86,7 +89,15 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
     num_new = query.shape[2]
-    if num_new == 1 or (attention_mask is not None and num_new <= FEW_ROWS):
+    if (num_new == 1 or attention_mask is not None) and cpu.serves(
+        query, key, value, attention_mask
+    ):
+        out = cpu.decode(query, key, value, mask=attention_mask, scale=scaling)
+    elif isinstance(key, PackedTensor | StreamedTensor) and (
+        attention_mask is not None or num_new == 1
+    ):
+        out = attend(query, key, value, mask=attention_mask, scale=scaling)
+    elif num_new == 1 or (attention_mask is not None and num_new <= FEW_ROWS):
         out = fused_attention(query, key, value, attention_mask, scaling)
     elif (
         attention_mask is not None

@@ -106,8 +106,34 @@ class _Verbs(current.CacheBase, ABC):
         layer = self._token_layer(layer_idx)
         if layer is None:
             return query_length, 0
+        if not torch.compiler.is_compiling():
+            self._check_lengths(layer_idx)
         sizes: tuple[int, int] = layer.mask_sizes(query_length)
         return sizes
+
+    def _check_lengths(self, start: int) -> None:
+        """Refuse to go on from a forward pass that stopped halfway.
+
+        When a mask is made, no layer from the one at `start` on was written in this forward (most
+        models make all masks first, a few make each before its layer): all that hold tokens hold
+        as many. After an exception on the way (Ctrl-C, a full disk) they do not, and attention
+        would go on with rows that belong to different positions.
+        """
+        first, expected = -1, 0
+        for index, layer in enumerate(self.layers):
+            if index < start or not layer.counts_tokens or layer.is_dummy:
+                continue
+            length = layer.length_at_hand
+            if not length or length == expected:  # unknown, or not used by this model
+                continue
+            if first >= 0:
+                raise CacheError(
+                    f"The layers of this cache hold different numbers of tokens (layer {first}: "
+                    f"{expected}, layer {index}: {length}): a forward pass was interrupted before "
+                    f"it reached them all. Reset the cache, cache.reset(), and pass the whole "
+                    f"prompt again. A model under mnemon.attach(model) puts the cache back itself."
+                )
+            first, expected = index, length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens that can be held; -1 without a bound (the contract of transformers 5.13+)."""

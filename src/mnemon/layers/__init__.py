@@ -1,6 +1,6 @@
 """What one model layer keeps: one file per kind, and the table that picks the kind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,14 @@ from mnemon.layers.dense import DenseLayer
 from mnemon.layers.foreign import ForeignLayer
 from mnemon.layers.hybrid import HybridLayer
 from mnemon.layers.indexer import IndexerLayer
+from mnemon.layers.packed import PackedLayer
+from mnemon.layers.packed_window import PackedWindowLayer
 from mnemon.layers.recurrent import RecurrentLayer
 from mnemon.layers.shared import SharedLayer
 from mnemon.layers.static import StaticLayer
 from mnemon.layers.static_window import StaticWindowLayer
+from mnemon.layers.tiered import TieredLayer
+from mnemon.layers.tiering import Tiering
 from mnemon.layers.window import WindowLayer
 from mnemon.recipe import Recipe
 
@@ -27,17 +31,34 @@ __all__ = [
     "HybridLayer",
     "IndexerLayer",
     "LayerState",
+    "PackedLayer",
+    "PackedWindowLayer",
     "RecurrentLayer",
     "SharedLayer",
     "StaticLayer",
     "StaticWindowLayer",
+    "TieredLayer",
     "WindowLayer",
     "build",
+    "build_all",
 ]
 
 
-def build(spec: LayerSpec, recipe: Recipe) -> CacheLayer:
+def build_all(specs: Sequence[LayerSpec], recipe: Recipe) -> list[CacheLayer]:
+    """The empty layers of one cache: those that a tier keeps share it.
+
+    Raises:
+        RecipeError: a recipe under which the model would compute something else.
+        TierError: no file can be made where the recipe says.
+    """
+    tiering = Tiering.of(recipe)
+    return [build(spec, recipe, tiering) for spec in specs]
+
+
+def build(spec: LayerSpec, recipe: Recipe, tiering: Tiering | None = None) -> CacheLayer:
     """An empty layer that keeps what `spec` asks for, stored as `recipe` says.
+
+    `tiering` keeps layers that keep every token; windows and states are small and stay.
 
     Raises:
         RecipeError: a recipe under which the model would compute something else.
@@ -48,6 +69,11 @@ def build(spec: LayerSpec, recipe: Recipe) -> CacheLayer:
             f"real one, and a preallocated layer has empty ones. Use the default recipe."
         )
     if spec.foreign is not None:
+        if recipe.packed is not None:
+            raise RecipeError(
+                f"{recipe} does not fit this model: it has layers of a kind of its own that store "
+                f"the model's dtype only. Use the default recipe."
+            )
         return _foreign(spec.foreign, spec.foreign_static, recipe)
     if spec.keeps_nothing:
         return SharedLayer()
@@ -55,8 +81,10 @@ def build(spec: LayerSpec, recipe: Recipe) -> CacheLayer:
     if not spec.attends:
         assert recurrent is not None
         return recurrent
-    attention = _attention(spec, recipe)
-    indexer = IndexerLayer(recipe.static_tokens) if spec.indexed else None
+    attention = _attention(spec, recipe, tiering)
+    indexer = None
+    if spec.indexed:
+        indexer = IndexerLayer(recipe.static_tokens if tiering is None else None)
     if recurrent is None and indexer is None:
         return attention
     return HybridLayer(attention, recurrent=recurrent, indexer=indexer)
@@ -76,9 +104,13 @@ def _foreign(
     return ForeignLayer(partial(make_static, max_tokens), max_tokens)
 
 
-def _attention(spec: LayerSpec, recipe: Recipe) -> CacheLayer:
-    max_tokens = recipe.static_tokens
-    if max_tokens is None:
+def _attention(spec: LayerSpec, recipe: Recipe, tiering: Tiering | None) -> CacheLayer:
+    if tiering is not None and spec.window is None:
+        return tiering.layer()
+    max_tokens, form = recipe.static_tokens, recipe.packed
+    if form is not None:
+        return PackedLayer(form) if spec.window is None else PackedWindowLayer(spec.window, form)
+    if max_tokens is None or tiering is not None:
         return DenseLayer() if spec.window is None else WindowLayer(spec.window)
     if spec.window is None:
         return StaticLayer(max_tokens)

@@ -51,7 +51,7 @@ class CacheLayer(ABC):
     is_compileable: bool = False
     #: Whether `num_tokens` means anything.
     counts_tokens: bool = True
-    #: All it keeps is one pair of keys and values, `state()`'s tensors "keys" and "values".
+    #: All it keeps is one pair of keys and values, `dense_pair()`; `load_state` takes such a pair.
     is_pair: bool = False
 
     # -- keys and values -----------------------------------------------------------------------
@@ -72,6 +72,23 @@ class CacheLayer(ABC):
     def view(self) -> tuple[Keys, Values] | None:
         """Stored keys and values as attention would read them; None while empty."""
 
+    def dense_pair(self) -> tuple[Keys, Values]:
+        """All stored keys and values in the model's dtype, of a layer that holds some.
+
+        Raises:
+            UnsupportedVerb: the layer keeps something else (see `is_pair`).
+        """
+        if not self.is_pair:
+            raise UnsupportedVerb(f"A {self.kind} layer keeps more than one pair of tensors.")
+        held = self.state().tensors
+        return held["keys"], held["values"]
+
+    @property
+    def stored_as(self) -> str:
+        """The format of the stored numbers for reports: a dtype or a packed format; or empty."""
+        keys = self.keys
+        return "" if keys is None else str(keys.dtype).removeprefix("torch.")
+
     @property
     @abstractmethod
     def num_tokens(self) -> int:
@@ -84,6 +101,11 @@ class CacheLayer(ABC):
 
     def traced_length(self) -> int | torch.Tensor:
         """`num_tokens`, or the counter on the device while a graph is being compiled."""
+        return self.num_tokens
+
+    @property
+    def length_at_hand(self) -> int | None:
+        """`num_tokens`, or None where asking would wait for a device."""
         return self.num_tokens
 
     @property
@@ -212,6 +234,10 @@ class CacheLayer(ABC):
     @abstractmethod
     def nbytes_reserved(self) -> int:
         """Bytes allocated."""
+
+    def nbytes_by_place(self) -> dict[str, int]:
+        """`nbytes` by where they lie: ``"device"``, ``"host"``, ``"disk"``."""
+        return {"device": self.nbytes}
 
     # -- recurrent states and sparse indices: most layers have none ------------------------------
 

@@ -84,6 +84,10 @@ class ForeignLayer(CacheLayer):
     def num_tokens(self) -> int:
         return int(self._inner.get_seq_length())
 
+    @property
+    def length_at_hand(self) -> int | None:
+        return None if self._max_tokens is not None else self.num_tokens
+
     def traced_length(self) -> int | torch.Tensor:
         if self._max_tokens is not None and torch.compiler.is_compiling():
             length: torch.Tensor = self._inner.get_seq_length()

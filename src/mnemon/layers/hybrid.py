@@ -126,6 +126,10 @@ class HybridLayer(CacheLayer):
     def num_stored(self) -> int:
         return self.attention.num_stored
 
+    @property
+    def length_at_hand(self) -> int | None:
+        return self.attention.length_at_hand
+
     def traced_length(self) -> int | torch.Tensor:
         return self.attention.traced_length()
 
@@ -209,6 +213,13 @@ class HybridLayer(CacheLayer):
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    def nbytes_by_place(self) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for part in self.parts:
+            for place, size in part.nbytes_by_place().items():
+                total[place] = total.get(place, 0) + size
+        return total
 
     @property
     def nbytes_reserved(self) -> int:

@@ -40,6 +40,11 @@ class StaticLayer(TokenLayer):
     def max_length(self) -> int:
         return self.max_tokens
 
+    @property
+    def length_at_hand(self) -> int | None:
+        assert isinstance(self._keys, StaticBuffer)
+        return self.num_tokens if self._keys.is_length_known else None
+
     def traced_length(self) -> int | torch.Tensor:
         assert isinstance(self._keys, StaticBuffer)
         counter = self._keys.counter

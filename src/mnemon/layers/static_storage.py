@@ -37,6 +37,11 @@ class StaticBuffer:
         return self._length
 
     @property
+    def is_length_known(self) -> bool:
+        """Whether the length is known here, without asking the device."""
+        return self._length is not None
+
+    @property
     def is_empty(self) -> bool:
         return self._data is None or self._idle
 
@@ -124,6 +129,20 @@ class StaticBuffer:
         data.narrow(-2, stop - num_new, num_new).copy_(new)
         self._set_length(stop)
         return data
+
+    #: Tensors that `leaves` gives.
+    NUM_LEAVES = 2
+
+    def leaves(self) -> list[torch.Tensor]:
+        """The whole memory and the counter on the device."""
+        assert self._data is not None
+        assert self.counter is not None
+        return [self._data, self.counter]
+
+    def take_leaves(self, leaves: list[torch.Tensor]) -> None:
+        """The reverse of `leaves`; runs no operator, so the length is asked for later."""
+        self._data, self.counter = leaves
+        self._length, self._idle = None, False
 
     def replace(self, content: torch.Tensor) -> None:
         """Hold `content` ``[batch, ..., tokens, width]`` instead of what was there."""

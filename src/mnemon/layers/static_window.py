@@ -142,6 +142,10 @@ class StaticWindowLayer(CacheLayer):
     def max_length(self) -> int:
         return self.window
 
+    @property
+    def length_at_hand(self) -> int | None:
+        return self._seen
+
     def traced_length(self) -> int | torch.Tensor:
         if torch.compiler.is_compiling() and self._seen_counter is not None:
             return self._seen_counter

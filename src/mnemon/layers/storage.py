@@ -7,74 +7,26 @@
 Each (row, head) keeps its tokens contiguous, which is how attention reads them. On a CPU the
 allocation is an anonymous mapping: reserve that was never written costs no resident memory. When
 it has to grow, old pages are given back as soon as they were copied, so the peak stays near the
-live bytes.
+live bytes. Where tokens were dropped in front and nobody reads them, the live ones move there and
+nothing is allocated.
 """
 
-import mmap
-import sys
-import weakref
 from typing import final
 
 import torch
 
-from mnemon.errors import CacheError
+from mnemon.layers.memory import (
+    Storage,
+    allocate,
+    capacity_for,
+    copy_and_release,
+    move_to_front,
+    num_tensors,
+)
 
 __all__ = ["TokenBuffer"]
 
-_MAPPED_FROM_BYTES = 1 << 20
-_COPY_CHUNK_BYTES = 4 << 20
-_COPY_CHUNKS = 32
-_MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-_ROUND_TOKENS = 64
-
-
-@final
-class _Storage:
-    """One allocation, possibly shared by forks. `tip` is the first token slot nobody wrote.
-
-    A borrowed allocation is somebody else's tensor (a caller's, autograd's, a mapped file): it is
-    read, never written.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "born",
-        "borrowed",
-        "capacity",
-        "data",
-        "dtype",
-        "forked",
-        "lead",
-        "mapping",
-        "tip",
-        "users",
-        "width",
-    )
-
-    def __init__(
-        self,
-        data: torch.Tensor,
-        tip: int,
-        mapping: mmap.mmap | None = None,
-        *,
-        borrowed: bool = False,
-    ) -> None:
-        self.data = data
-        # What every append compares with: attributes, because `data.shape` costs as much again.
-        self.dtype = data.dtype
-        self.lead = data.shape[:-2]
-        self.width = data.shape[-1]
-        self.capacity = data.shape[-2]
-        self.tip = tip
-        self.mapping = mapping
-        self.borrowed = borrowed
-        self.forked = False  # ever had two users; a compiled graph cannot count them
-        self.users: weakref.WeakSet[TokenBuffer] = weakref.WeakSet()
-        self.born = 0 if mapping is None else _num_tensors(data)
-
-    @property
-    def is_shared(self) -> bool:
-        return self.borrowed or len(self.users) > 1
+_MOST_MOVES = 4  # live tokens that move to the front of their memory, for each that was dropped
 
 
 @final
@@ -87,15 +39,18 @@ class TokenBuffer:
 
     Args:
         exact: allocate no reserve (for what is written once, such as cross attention).
+        slack: reserve for so many tokens, or a sixteenth of the live ones if that is more, on
+            every device; None for what suits the device.
     """
 
-    __slots__ = ("__weakref__", "_end", "_exact", "_start", "_storage")
+    __slots__ = ("__weakref__", "_end", "_exact", "_slack", "_start", "_storage")
 
-    def __init__(self, *, exact: bool = False) -> None:
-        self._storage: _Storage | None = None
+    def __init__(self, *, exact: bool = False, slack: int | None = None) -> None:
+        self._storage: Storage | None = None
         self._start = 0
         self._end = 0
         self._exact = exact
+        self._slack = 0 if exact else slack
 
     def __len__(self) -> int:
         return self._end - self._start
@@ -196,17 +151,66 @@ class TokenBuffer:
         storage.tip = self._end = end + num_new
         return data.narrow(-2, self._start, self._end - self._start)
 
+    def room(self, num_new: int) -> torch.Tensor:
+        """Memory for `num_new` tokens behind the live ones: written first, then `extend`.
+
+        Something is stored, and nobody is shown the memory before.
+        """
+        storage = self._storage
+        assert storage is not None
+        is_tip = storage.tip == self._end or not (storage.forked or storage.borrowed)
+        if self._end + num_new > storage.capacity or not is_tip:
+            storage = self._make_room(num_new)
+        return storage.data.narrow(-2, self._end, num_new)
+
+    def extend(self, num_new: int) -> None:
+        """The memory that `room` gave holds tokens now."""
+        assert self._storage is not None
+        self._storage.tip = self._end = self._end + num_new
+
+    #: Tensors that `leaves` gives.
+    NUM_LEAVES = 1
+
+    def leaves(self) -> list[torch.Tensor]:
+        """The live tokens as a tensor that lies whole: the same object until something is appended.
+
+        A buffer with reserve lets go of it.
+        """
+        live = self.live()
+        assert live is not None
+        assert self._storage is not None
+        data = self._storage.data
+        if live.shape != data.shape:
+            self.adopt(live.contiguous())
+            data = self._storage.data
+        return [data]
+
+    def take_leaves(self, leaves: list[torch.Tensor]) -> None:
+        """The reverse of `leaves`; runs no operator."""
+        self.adopt(leaves[0])
+
     def replace(self, content: torch.Tensor) -> None:
         """Forget the live tokens and hold `content` ``[batch, ..., tokens, width]`` instead."""
         self._adopt(content, reserve=not self._exact)
 
     def adopt(self, content: torch.Tensor) -> None:
         """Hold `content` itself, without a copy; the first append copies it to a buffer."""
-        self._use(_Storage(content, content.shape[-2], borrowed=True), 0, content.shape[-2])
+        self._use(Storage(content, content.shape[-2], borrowed=True), 0, content.shape[-2])
 
     def drop_first(self, num_tokens: int) -> None:
         """Let go of the oldest tokens; their memory goes at the next growth."""
         self._start += num_tokens
+
+    def shed(self, num_tokens: int, most: int) -> None:
+        """`drop_first` in memory of ours for at most `most` tokens; otherwise move to less."""
+        storage = self._storage
+        assert storage is not None
+        if storage.borrowed or storage.capacity > most:
+            live = self.live()
+            assert live is not None
+            self.replace(live.narrow(-2, num_tokens, len(self) - num_tokens))
+        else:
+            self.drop_first(num_tokens)
 
     def crop(self, num_tokens: int) -> None:
         """Let go of the newest tokens."""
@@ -250,7 +254,7 @@ class TokenBuffer:
 
     def fork(self) -> "TokenBuffer":
         """A buffer with the same tokens that shares memory until one of the two writes."""
-        other = TokenBuffer(exact=self._exact)
+        other = TokenBuffer(exact=self._exact, slack=self._slack)
         if self._storage is not None:
             other._use(self._storage, self._start, self._end)
         return other
@@ -263,7 +267,7 @@ class TokenBuffer:
 
     # -- how memory is obtained --------------------------------------------------------------
 
-    def _use(self, storage: _Storage, start: int, end: int) -> None:
+    def _use(self, storage: Storage, start: int, end: int) -> None:
         if self._storage is not None:
             self._storage.users.discard(self)
         storage.forked = storage.forked or len(storage.users) > 0
@@ -285,27 +289,33 @@ class TokenBuffer:
         return result
 
     @torch.compiler.disable
-    def _make_room(self, num_new: int) -> _Storage:
+    def _make_room(self, num_new: int) -> Storage:
         """Storage whose tip is this buffer's end and that holds `num_new` more tokens."""
         storage = self._storage
         assert storage is not None
         view = self.live()
         assert view is not None
         live = view.shape[-2]
+        is_ours = not storage.is_shared and self._owns_memory(view)
+        if is_ours and live + num_new <= storage.capacity and live <= _MOST_MOVES * self._start:
+            move_to_front(storage.data, self._start, live)
+            storage.tip = live
+            self._start, self._end = 0, live
+            return storage
         shape = list(view.shape)
-        fresh = _allocate(shape, live + num_new, view, exact=self._exact)
-        source = storage if not storage.is_shared and self._owns_memory(view) else None
-        _copy_and_release(view, fresh.data.narrow(-2, 0, live), source)
+        fresh = allocate(shape, live + num_new, view, self._slack)
+        source = storage if is_ours and storage.mapping is not None else None
+        copy_and_release(view, fresh.data.narrow(-2, 0, live), source)
         fresh.tip = live
         self._use(fresh, 0, live)
         return fresh
 
-    def _make_room_in_graph(self, storage: _Storage, num_new: int) -> None:
+    def _make_room_in_graph(self, storage: Storage, num_new: int) -> None:
         """The same for a compiled graph: plain torch, the storage object stays, no graph break."""
         view = self.live()
         assert view is not None
         live = view.shape[-2]
-        capacity = _capacity(live + num_new, view.device, self._exact)
+        capacity = capacity_for(live + num_new, view.device, self._slack)
         with torch.inference_mode(False):
             data = view.new_empty([*view.shape[:-2], capacity, view.shape[-1]])
         data.narrow(-2, 0, live).copy_(view)
@@ -314,79 +324,16 @@ class TokenBuffer:
         self._start, self._end = 0, live
 
     def _owns_memory(self, view: torch.Tensor) -> bool:
-        """Whether nobody else can read the old pages, so that they can go while we copy."""
+        """Whether nobody else can read the memory, so that it can be given back or written."""
         storage = self._storage
         assert storage is not None
         # As many tensors as at birth, and `view`: more means that somebody kept one.
-        return storage.mapping is not None and 0 < _num_tensors(storage.data) <= storage.born + 1
+        return 0 < num_tensors(storage.data) <= storage.born + 1
 
     @torch.compiler.disable
     def _adopt(self, content: torch.Tensor, *, reserve: bool) -> None:
         tokens = content.shape[-2]
-        fresh = _allocate(list(content.shape), tokens, content, exact=not reserve)
+        fresh = allocate(list(content.shape), tokens, content, self._slack if reserve else 0)
         fresh.data.narrow(-2, 0, tokens).copy_(content)
         fresh.tip = tokens
         self._use(fresh, 0, tokens)
-
-
-def _num_tensors(data: torch.Tensor) -> int:
-    """How many tensors, arrays and handles share the memory of `data`; 0 where torch hides it."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    if count is None:
-        return 0
-    handle = data.untyped_storage()  # one object however often it is asked for: count its names
-    return int(count(handle._cdata)) + sys.getrefcount(handle)
-
-
-def _capacity(num_tokens: int, device: torch.device, exact: bool) -> int:
-    if exact:
-        return num_tokens
-    # Untouched reserve is free on a CPU, so double; elsewhere stay within 1/8 of what is live.
-    reserve = max(num_tokens, 256) if device.type == "cpu" else max(num_tokens // 8, _ROUND_TOKENS)
-    return -(-(num_tokens + reserve) // _ROUND_TOKENS) * _ROUND_TOKENS
-
-
-def _allocate(shape: list[int], num_tokens: int, like: torch.Tensor, *, exact: bool) -> _Storage:
-    """Uninitialised storage for `num_tokens` and reserve; `shape` gives the other dimensions."""
-    if num_tokens < 0:
-        raise CacheError(f"A cache cannot hold {num_tokens} tokens.")
-    shape = [*shape[:-2], _capacity(num_tokens, like.device, exact), shape[-1]]
-    size_bytes = like.element_size()
-    for dimension in shape:
-        size_bytes *= dimension
-    # Outside inference mode, so that the buffer can be written in any mode later.
-    with torch.inference_mode(False):
-        if like.device.type == "cpu" and size_bytes >= _MAPPED_FROM_BYTES:
-            try:
-                mapping = mmap.mmap(-1, size_bytes, flags=_MAP_FLAGS)
-            except (OSError, ValueError):
-                pass  # strict overcommit: fall through to the allocator's own message
-            else:
-                data = torch.frombuffer(mapping, dtype=like.dtype).view(shape)
-                return _Storage(data, 0, mapping)
-        return _Storage(torch.empty(shape, dtype=like.dtype, device=like.device), 0)
-
-
-def _copy_and_release(old: torch.Tensor, new: torch.Tensor, source: _Storage | None) -> None:
-    """Copy `old` to `new`; give `source`'s pages back as they are copied, if it may be eaten."""
-    if source is None or source.mapping is None or not source.data.is_contiguous():
-        new.copy_(old)
-        return
-    width, itemsize = old.shape[-1], old.element_size()
-    row_bytes = source.capacity * width * itemsize
-    rows_old = old.flatten(0, -3)
-    rows_new = new.flatten(0, -3)
-    first = (old.data_ptr() - source.data.data_ptr()) // itemsize // width
-    size_bytes = old.numel() * itemsize
-    chunk_bytes = min(_COPY_CHUNK_BYTES, max(size_bytes // _COPY_CHUNKS, 16 * mmap.PAGESIZE))
-    chunk = max(1, chunk_bytes // max(1, width * itemsize))
-    page = mmap.PAGESIZE
-    for row in range(rows_old.shape[0]):
-        for begin in range(0, old.shape[-2], chunk):
-            stop = min(begin + chunk, old.shape[-2])
-            rows_new[row, begin:stop].copy_(rows_old[row, begin:stop])
-            low = row * row_bytes + (first + begin) * width * itemsize
-            high = row * row_bytes + (first + stop) * width * itemsize
-            low, high = -(-low // page) * page, high // page * page
-            if high > low:
-                source.mapping.madvise(mmap.MADV_DONTNEED, low, high - low)

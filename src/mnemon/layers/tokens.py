@@ -8,6 +8,7 @@ import torch
 
 from mnemon.errors import CacheError, CapacityError
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
+from mnemon.layers.packed_storage import PackedBuffer
 from mnemon.layers.static_storage import StaticBuffer
 from mnemon.layers.storage import TokenBuffer
 from mnemon.types import Keys, NewKeys, NewValues, Values
@@ -20,9 +21,10 @@ __all__ = [
     "gather_state",
     "make_fit",
     "stack_right",
+    "token_index",
 ]
 
-Buffer = TokenBuffer | StaticBuffer
+Buffer = TokenBuffer | StaticBuffer | PackedBuffer
 
 
 class TokenLayer(CacheLayer):
@@ -90,7 +92,7 @@ class TokenLayer(CacheLayer):
 
     def keep(self, indices: torch.Tensor) -> None:
         stored = len(self._keys)
-        indices = _token_index(indices, stored, self._keys.live())
+        indices = token_index(indices, stored, self._keys.live())
         kept = indices.shape[-1]
         # The tail: how many of the newest tokens are all there, counted from the end.
         newest = torch.arange(stored - kept, stored, device=indices.device)
@@ -288,7 +290,12 @@ def gather_state(state: LayerState) -> tuple[torch.Tensor | None, torch.Tensor |
     return keys, values
 
 
-def _token_index(indices: torch.Tensor, num_stored: int, live: torch.Tensor | None) -> torch.Tensor:
+def token_index(indices: torch.Tensor, num_stored: int, live: torch.Tensor | None) -> torch.Tensor:
+    """`indices` as int64, checked.
+
+    Raises:
+        CacheError: not ascending, out of range, or of a shape that `keep` does not take.
+    """
     whole = not indices.is_floating_point() and indices.dtype != torch.bool
     per_head = live is not None and indices.ndim == 3 and indices.shape[:2] == live.shape[:2]
     if not whole or not (indices.ndim == 1 or per_head):

@@ -11,7 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel, __version__, cache_ut
 
 from mnemon.cache import Cache as MnemonCache
 from mnemon.errors import CacheError
-from mnemon.layers import DenseLayer
+from mnemon.layers.sliding import SlidingLayer
 from mnemon.legacy.callers import is_remote, names_used, remote_classes
 from mnemon.legacy.hosts import is_pair
 from mnemon.legacy.patches import Patches
@@ -256,8 +256,8 @@ def _keep_every_token(cache: MnemonCache) -> None:
     if cache.num_tokens or is_pair(cache):
         return
     for index, layer in enumerate(cache.layers):
-        if layer.is_sliding and layer.is_pair and not layer.is_compileable:
-            cache.layers[index] = DenseLayer()
+        if isinstance(layer, SlidingLayer):
+            cache.layers[index] = layer.unbounded()
 
 
 # -- forward ---------------------------------------------------------------------------------------

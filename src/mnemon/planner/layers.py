@@ -13,22 +13,35 @@ from mnemon.planner.states import StateValues, state_values
 _ENTIRE_HEAD_DIM = ("cohere2",)  # hidden_size / heads, whatever the file says
 
 
+class TokenShape(NamedTuple):
+    """Keys and values of one token: heads, and numbers per head on either side."""
+
+    heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+
+
 class LayerPlan(NamedTuple):
     """What one layer keeps for one sequence.
 
     Attributes:
         kind: the layer type, e.g. "full_attention"; "nothing" for a layer that keeps none.
         window: tokens that a query sees, itself included; None for all.
-        token_values: numbers kept per token (keys, values), in the model's dtype.
+        shape: keys and values kept per token, in the model's dtype or packed.
         index_values: numbers kept per token beside them, for all tokens seen.
         states: numbers of a fixed size.
     """
 
     kind: str
     window: int | None = None
-    token_values: int = 0
+    shape: TokenShape = TokenShape()
     index_values: int = 0
     states: StateValues = StateValues(0, 0)
+
+    @property
+    def token_values(self) -> int:
+        """Numbers kept per token: keys and values."""
+        return self.shape.heads * (self.shape.key_dim + self.shape.value_dim)
 
 
 class ModelPlan(NamedTuple):
@@ -95,7 +108,7 @@ def _layer(s: Settings, kind: str, index: int) -> LayerPlan:
         types = s.names("indexer_types")
         shares = types is not None and index < len(types) and types[index] == "shared"
         index_values = 0 if shares else s.number("index_head_dim")
-    return LayerPlan(kind, window, _token_values(own, kind), index_values, states)
+    return LayerPlan(kind, window, _token_shape(own, kind), index_values, states)
 
 
 def _own_settings(s: Settings, index: int) -> Settings:
@@ -104,23 +117,24 @@ def _own_settings(s: Settings, index: int) -> Settings:
     return Settings({**s.raw, **override}, s.model_type) if override else s
 
 
-def _token_values(s: Settings, kind: str) -> int:
-    """Numbers kept per token: all key heads and all value heads of one layer."""
+def _token_shape(s: Settings, kind: str) -> TokenShape:
+    """Keys and values that one layer keeps per token."""
     name = s.model_type
     if name in LATENT:
-        return s.number("kv_lora_rank") + s.number("qk_rope_head_dim")
+        return TokenShape(1, s.number("kv_lora_rank"), s.number("qk_rope_head_dim"))
     if name in BART_LIKE or name == "trocr":
-        return 2 * s.number("d_model")
+        heads = s.number("decoder_attention_heads")
+        return TokenShape(heads, *(2 * [s.number("d_model") // heads]))
     if name in T5_LIKE:
-        return 2 * s.number("num_heads") * s.number("d_kv")
+        return TokenShape(s.number("num_heads"), *(2 * [s.number("d_kv")]))
     heads = _key_heads(s)
     if name in ("gemma4_text", "gemma4_unified_text") and kind == kinds.FULL:
         return _gemma4_full(s, heads)
     head_dim = _head_dim(s)
     if name == "mimo_v2_flash":
         heads *= 2 if kind == kinds.SLIDING else 1
-        return heads * (head_dim + s.number("v_head_dim"))
-    return 2 * heads * head_dim
+        return TokenShape(heads, head_dim, s.number("v_head_dim"))
+    return TokenShape(heads, head_dim, head_dim)
 
 
 def _key_heads(s: Settings) -> int:
@@ -149,11 +163,11 @@ def _head_dim(s: Settings) -> int:
     return s.number("hidden_size") // s.number("num_attention_heads")
 
 
-def _gemma4_full(s: Settings, heads: int) -> int:
+def _gemma4_full(s: Settings, heads: int) -> TokenShape:
     """Full layers of Gemma 4 have heads of their own, unless the file says so layer by layer."""
     if "per_layer_config" in s.raw:
-        return 2 * heads * s.number("head_dim")
+        return TokenShape(heads, *(2 * [s.number("head_dim")]))
     shared = s.raw.get("num_global_key_value_heads")
     if shared is not None and s.get("attention_k_eq_v", True):
         heads = int(shared)
-    return 2 * heads * int(s.raw.get("global_head_dim", 512))
+    return TokenShape(heads, *(2 * [int(s.raw.get("global_head_dim", 512))]))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mnemon.errors import PlanError
 from mnemon.planner.layers import LayerPlan, ModelPlan
+from mnemon.schemes import BLOCK_TOKENS, PackedFormat
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 DTYPES = tuple(ITEM_BYTES)
@@ -20,7 +21,8 @@ class CachePlan(NamedTuple):
         stored_bytes: `Cache.nbytes` once `context` tokens are in.
         reserved_bytes: what is set aside for them. For `static(n)` it is `Cache.nbytes_reserved`;
             for a cache that grows it is the stored bytes (its reserve depends on the device).
-        token_bytes: what one more token adds to the stored bytes, at that length.
+        token_bytes: what one more token adds to the stored bytes, at that length; of a packed
+            format the mean over a block of 64.
     """
 
     recipe: str
@@ -36,9 +38,13 @@ def plan_cache(
     *,
     dtype: str = "bfloat16",
     static: int | None = None,
+    packed: PackedFormat | None = None,
     source: int | None = None,
 ) -> CachePlan:
     """Compute the bytes of a cache that holds `context` tokens of `batch` rows.
+
+    Of a packed format they are what the cache stores after a prompt of that length; a window that
+    moves on afterwards may hold up to one block more.
 
     Args:
         model: from `plan_model`.
@@ -46,6 +52,7 @@ def plan_cache(
         batch: rows.
         dtype: the dtype the model runs in.
         static: n of the recipe `static(n)` (`Recipe.static_tokens`); None for the default recipe.
+        packed: how keys and values are quantized (`Recipe.packed`); None for the model's dtype.
         source: encoder tokens per row of an encoder-decoder; None for as many as `context`, or
             what the model fixes.
 
@@ -53,6 +60,7 @@ def plan_cache(
         PlanError: a dtype or length that cannot be, or more tokens than `static(n)` holds.
     """
     recipe = "dense" if static is None else f"static({static})"
+    recipe = recipe if packed is None else packed.name
     if dtype not in ITEM_BYTES:
         raise PlanError(f"unknown dtype {dtype!r}; valid are {', '.join(ITEM_BYTES)}.")
     if context < 1 or batch < 1:
@@ -61,11 +69,21 @@ def plan_cache(
         raise PlanError(f"{recipe} holds {static} tokens; a context of {context} does not fit.")
     item = ITEM_BYTES[dtype]
     stored = reserved = growth = 0
-    for layer in model.layers:
-        row_bytes = _stored(layer, context, static) * item + _state_bytes(layer, item)
-        stored += row_bytes
-        reserved += _reserved(layer, context, static) * item + _state_bytes(layer, item)
-        growth += (_stored(layer, context + 1, None) - _stored(layer, context, None)) * item
+    for layer, count in _counted(model.layers):
+        states = _state_bytes(layer, item)
+        if packed is not None:
+            held, later = (
+                _packed(layer, tokens, packed, item) for tokens in (context, context + BLOCK_TOKENS)
+            )
+            stored += (held + states) * count
+            reserved += (held + states) * count
+            growth += (later - held) // BLOCK_TOKENS * count
+            continue
+        row_bytes = _stored(layer, context, static) * item + states
+        stored += row_bytes * count
+        reserved += (_reserved(layer, context, static) * item + states) * count
+        later = _stored(layer, context + 1, None) - _stored(layer, context, None)
+        growth += later * item * count
     if source is None:
         source = context if model.source_tokens is None else model.source_tokens
     cross = model.cross_values * source * item
@@ -73,17 +91,24 @@ def plan_cache(
 
 
 def max_context(
-    model: ModelPlan, available_bytes: int, batch: int = 1, *, dtype: str, static: bool = False
+    model: ModelPlan,
+    available_bytes: int,
+    batch: int = 1,
+    *,
+    dtype: str,
+    static: bool = False,
+    packed: PackedFormat | None = None,
 ) -> int | None:
     """The most tokens per row whose cache fits; None if no length is too long.
 
     Args:
         static: for `static(n)` with n the answer, instead of a cache that grows.
+        packed: how keys and values are quantized.
     """
 
     def fits(tokens: int) -> bool:
         slots = tokens if static else None
-        plan = plan_cache(model, tokens, batch, dtype=dtype, static=slots)
+        plan = plan_cache(model, tokens, batch, dtype=dtype, static=slots, packed=packed)
         return plan.reserved_bytes <= available_bytes
 
     if not fits(1):
@@ -102,6 +127,25 @@ def max_batch(row: CachePlan, available_bytes: int) -> int | None:
     if row.reserved_bytes == 0:
         return None
     return max(available_bytes, 0) // row.reserved_bytes
+
+
+def _counted(layers: tuple[LayerPlan, ...]) -> list[tuple[LayerPlan, int]]:
+    """Layers that keep the same, once, and how many they are."""
+    counts: dict[LayerPlan, int] = {}
+    for layer in layers:
+        counts[layer] = counts.get(layer, 0) + 1
+    return list(counts.items())
+
+
+def _packed(layer: LayerPlan, tokens: int, form: PackedFormat, item: int) -> int:
+    """Bytes per row of packed keys and values, their dense tail, and indexer keys."""
+    kept = tokens if layer.window is None else min(tokens, layer.window - 1)
+    heads, key_dim, value_dim = layer.shape
+    blocks = form.num_blocks(kept)
+    tail = (kept - blocks * BLOCK_TOKENS) * (key_dim + value_dim) * item
+    sides = ((form.keys, key_dim), (form.values, value_dim))
+    stored = sum(side.scheme(width).stored_bytes(width, blocks) for side, width in sides if heads)
+    return heads * (stored + tail) + layer.index_values * tokens * item
 
 
 def _stored(layer: LayerPlan, tokens: int, capacity: int | None) -> int:
