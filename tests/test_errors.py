@@ -12,6 +12,8 @@ BUILTIN = {
     "FileError": OSError,
     "ModelError": ValueError,
     "PlanError": ValueError,
+    "DiffusionError": ValueError,
+    "NoSites": ValueError,
     "ExportError": ValueError,
     "MigrateError": ValueError,
     "ZooError": RuntimeError,

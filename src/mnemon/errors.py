@@ -18,6 +18,8 @@ MnemonError
 ├── ModelError              a model or a config that cannot be loaded or served
 │   └── NotServed           in this version of transformers, the model takes its own cache only
 ├── PlanError               a config whose cache cannot be computed in advance
+├── DiffusionError          a denoising cache that cannot be attached, or not with these options
+│   └── NoSites             a model in which nothing is found to attach a cache to
 ├── ExportError             a model that cannot be exported, or an export that cannot be used
 ├── MigrateError            code that cannot be migrated: a path, a target, a file
 ├── ZooError                the bundled model, its data or its training
@@ -30,6 +32,7 @@ __all__ = [
     "CapacityError",
     "DamagedFile",
     "DependencyError",
+    "DiffusionError",
     "DiskFull",
     "ExportError",
     "FileError",
@@ -37,6 +40,7 @@ __all__ = [
     "MnemonError",
     "ModelError",
     "NewerVersion",
+    "NoSites",
     "NotACacheFile",
     "NotServed",
     "PlanError",
@@ -122,6 +126,14 @@ class NotServed(ModelError):
 
 class PlanError(MnemonError, ValueError):
     """The bytes of a config's cache cannot be computed in advance."""
+
+
+class DiffusionError(MnemonError, ValueError):
+    """A cache between denoising steps cannot be attached, configured, fitted or continued."""
+
+
+class NoSites(DiffusionError):
+    """A model has none of the blocks and sublayers that caching inside it attaches to."""
 
 
 class ZooError(MnemonError, RuntimeError):

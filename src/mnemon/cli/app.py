@@ -28,10 +28,43 @@ COMMANDS = {
     "migrate": ("mnemon.cli.migrate", "Old names of the cache API in your code, to modern ones."),
     "bench": ("mnemon.cli.bench", "Speed and memory against transformers' own caches."),
 }
+# Group -> (the line that `mnemon --help` shows, commands as above).
+GROUPS = {
+    "diffusion": (
+        "Caching between denoising steps: a demo, speed, quality, fitting.",
+        {
+            "demo": (
+                "mnemon.cli.diffusion.demo",
+                "Every method from the same noise: a table, pictures and diffusion.html.",
+            ),
+            "bench": (
+                "mnemon.cli.diffusion.bench",
+                "Seconds, multiply-accumulates and bytes held, by method.",
+            ),
+            "eval": (
+                "mnemon.cli.diffusion.evaluate",
+                "Quality at equal cost: each family against fewer steps, and each other.",
+            ),
+            "fit": (
+                "mnemon.cli.diffusion.fit",
+                "A plan for the method `fitted`: which steps to compute, weights for the rest.",
+            ),
+            "train-router": (
+                "mnemon.cli.diffusion.train_router",
+                "A router for the method `l2c`: which sublayers a step may reuse.",
+            ),
+        },
+    ),
+}
 EPILOGUE = (
     "Exit codes: 0 done; 1 an error, with a message; 2 wrong usage; 3 it ran and the answer is no "
     "(does not fit, tokens differ); 130 interrupted. Every command takes --json. MODEL is a Hub "
     "name, a folder, or nothing for the bundled model."
+)
+
+GROUP_EPILOGUE = (
+    "Exit codes as in `mnemon --help`. PIPE is the folder of a saved DiTPipeline, or nothing for "
+    "the bundled one. Needs pip install 'mnemon[diffusion]'."
 )
 
 
@@ -39,7 +72,8 @@ def build(*needed: str) -> typer.Typer:
     """Build the typer application.
 
     Args:
-        needed: commands to import in full; the others are only listed with their help line.
+        needed: commands to import in full, those of a group as "diffusion demo"; the others are
+            only listed with their help line.
     """
     import typer
 
@@ -66,12 +100,22 @@ def build(*needed: str) -> typer.Typer:
             raise typer.Exit()
 
     app.callback(invoke_without_command=True)(main_options)
-    for name, (module, summary) in COMMANDS.items():
-        if name in needed:
+    _add(app, COMMANDS, needed, prefix="")
+    for group, (summary, commands) in GROUPS.items():
+        inner = typer.Typer(help=summary, epilog=GROUP_EPILOGUE, no_args_is_help=True)
+        _add(inner, commands, needed, prefix=f"{group} ")
+        app.add_typer(inner, name=group)
+    return app
+
+
+def _add(
+    app: typer.Typer, commands: dict[str, tuple[str, str]], needed: tuple[str, ...], *, prefix: str
+) -> None:
+    for name, (module, summary) in commands.items():
+        if prefix + name in needed:
             app.command(name)(output.guarded(import_module(module).command))
         else:
             app.command(name, help=summary)(_not_imported)
-    return app
 
 
 def _not_imported() -> NoReturn:
@@ -81,8 +125,8 @@ def _not_imported() -> NoReturn:
 def _needed(arguments: list[str]) -> tuple[str, ...]:
     """The commands this call runs: all of them when a shell asks for completions."""
     if "_MNEMON_COMPLETE" in os.environ:
-        return tuple(COMMANDS)
-    return tuple(word for word in arguments[:1] if word in COMMANDS)
+        return (*COMMANDS, *(f"{g} {name}" for g, (_, found) in GROUPS.items() for name in found))
+    return " ".join(arguments[:1]), " ".join(arguments[:2])
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -12,7 +12,6 @@ import typer
 
 from mnemon.cli import output
 from mnemon.cli.wording import milliseconds, percent, small
-from mnemon.errors import MnemonError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,7 +56,7 @@ def command(
         num_context = output.parse_count(context)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--context") from error
-    _check_writable(out)
+    output.check_writable(out)
 
     from mnemon.cli.sources import own_text, read_text
 
@@ -72,29 +71,13 @@ def command(
     try:
         path = report.write(result, out)
     except OSError as error:
-        raise OutputError(f"cannot write report.html to {out}: {error}; choose --out.") from error
+        raise output.OutputError(
+            f"cannot write report.html to {out}: {error}; choose --out."
+        ) from error
     if as_json:
         output.print_json({**result.to_dict(), "report": str(path)})
         return
     _print(result, path)
-
-
-class OutputError(MnemonError, OSError):
-    """A result cannot be written where it was asked for."""
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail before minutes of work, not after."""
-    import tempfile
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another --out."
-        ) from error
 
 
 @contextmanager

@@ -11,9 +11,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mnemon.errors import MnemonError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EXIT_OK = 0
 EXIT_ERROR = 1  # a MnemonError: the message says what to do
@@ -90,6 +93,28 @@ def format_context(num_tokens: int) -> str:
     if num_tokens >= 1024 and num_tokens % 1024 == 0:
         return f"{num_tokens // 1024:,}k"
     return f"{num_tokens:,}"
+
+
+class OutputError(MnemonError, OSError):
+    """A result cannot be written where it was asked for."""
+
+
+def check_writable(folder: Path) -> None:
+    """Fail before minutes of work, not after.
+
+    Raises:
+        OutputError: the folder cannot be made, or no file can be made in it.
+    """
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another --out."
+        ) from error
 
 
 def print_json(value: Any) -> None:

@@ -1,0 +1,1 @@
+"""Caching methods, one file each; `registry` knows them by name."""

@@ -1,0 +1,292 @@
+"""Left-out steps predicted by a linear fit made beforehand, at steps chosen beforehand.
+
+A step that is left out runs no block. What its last block would return is predicted, channel by
+channel, from what is known without running one: the last blocks' outputs at up to `history`
+computed steps, and what enters the first block now and entered it then.
+
+    out_m  =  in_m + add_a  +  sum_i  w_i * term_i          add = out - in, what the blocks add
+    terms     1, add_a, add_a - add_b, add_b - add_c, ..., in_m, in_m - in_a, in_a - in_b, ...
+
+with a, b, c, ... the computed steps before m, latest first. The weights (one per step, term and
+channel) come from `mnemon.diffusion.fitting`. Reuse is the case of zero weights, extrapolation that
+of constant ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mnemon.diffusion.clock import Step
+from mnemon.diffusion.hidden import BlockCall
+from mnemon.diffusion.methods.base import Level, Method, Session
+from mnemon.diffusion.outputs import Output
+from mnemon.diffusion.router import read_tensors, write_tensors
+from mnemon.diffusion.sites import Sites
+from mnemon.errors import DiffusionError
+
+__all__ = ["Fitted", "History", "Plan", "load_plan", "num_terms"]
+
+
+def num_terms(history: int) -> int:
+    """Terms of a prediction from `history` computed steps."""
+    return 2 * history + 2
+
+
+class History:
+    """What entered the first block and left the last, at the latest computed steps."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._entered: list[Tensor] = []
+        self._left: list[Tensor] = []
+        self._same = True
+
+    def update(self, entered: Tensor, left: Tensor) -> None:
+        """A step was computed."""
+        self._same = entered.shape == left.shape  # else text joined it on the way
+        self._entered = [entered, *self._entered][: self._length]
+        self._left = [left, *self._left][: self._length]
+
+    @property
+    def latest(self) -> Tensor:
+        """What left the last block at the latest computed step."""
+        return self._left[0]
+
+    def base(self, entered: Tensor) -> Tensor:
+        """What would leave the last block if the blocks added what they added last."""
+        return entered + (self.latest - self._entered[0]) if self._same else self.latest
+
+    def terms(self, entered: Tensor) -> list[Tensor | None]:
+        """The terms of a prediction but for the constant; None, which counts as zero, for those of
+        computed steps that are not (yet) there.
+        """
+        absent: list[Tensor | None] = [None] * (self._length + 1)
+        if not self._same:
+            added = self._left
+            return [*_differences(added), *absent][: self._length] + absent
+        added = [a - b for a, b in zip(self._left, self._entered, strict=True)]
+        found = [*_differences(added), *absent][: self._length]
+        inputs = _differences([entered, *self._entered])
+        return found + [*inputs, *absent][: self._length + 1]
+
+    def predict(self, entered: Tensor, weights: Float[Tensor, "terms channels"]) -> Tensor:
+        """What would leave the last block now."""
+        value = self.base(entered)
+        weights = weights.to(value.dtype)
+        value = value + weights[0]
+        for weight, term in zip(weights[1:], self.terms(entered), strict=True):
+            if term is not None:
+                value = torch.addcmul(value, term, weight)
+        return value
+
+    def held(self) -> Iterator[Any]:
+        """The tensors kept."""
+        yield from (self._entered, self._left)
+
+
+def _differences(values: Sequence[Tensor]) -> list[Tensor]:
+    """The latest value, and how much each differs from the one before."""
+    return [values[0], *(a - b for a, b in itertools.pairwise(values))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """Which steps are computed, and how the others are predicted.
+
+    Args:
+        computed: by step; the first is.
+        weights: zeros for steps that are computed.
+        history: computed steps that a prediction looks back on.
+        model: the class of the transformer.
+        num_blocks: of that transformer.
+        psnr: in dB, what the fit reached on its own runs.
+    """
+
+    computed: tuple[bool, ...]
+    weights: Float[Tensor, "steps terms channels"]
+    history: int
+    model: str
+    num_blocks: int
+    psnr: float = float("nan")
+
+    def __post_init__(self) -> None:
+        expected = (len(self.computed), num_terms(self.history))
+        if self.history < 1 or tuple(self.weights.shape[:2]) != expected or self.weights.ndim != 3:
+            raise DiffusionError(
+                f"weights of shape {tuple(self.weights.shape)} came; {len(self.computed)} steps "
+                f"and a history of {self.history} need {expected} and the channels"
+            )
+        if not self.computed or not self.computed[0]:
+            raise DiffusionError("a plan has to compute its first step; this one does not")
+        if not bool(torch.isfinite(self.weights).all()):
+            raise DiffusionError("a plan's weights have to be finite; some of these are not")
+
+    def __str__(self) -> str:
+        steps = "".join("x" if done else "." for done in self.computed)
+        return f"plan {steps}"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        write_tensors(
+            path,
+            {"weights": self.weights.float().contiguous()},
+            kind="fitted-plan",
+            fields={
+                "computed": [int(done) for done in self.computed],
+                "history": self.history,
+                "model": self.model,
+                "num_blocks": self.num_blocks,
+                "psnr": self.psnr,
+            },
+        )
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Reads a plan.
+
+    Raises:
+        DiffusionError: no plan is there, or not a whole one.
+    """
+    found, fields = read_tensors(path, kind="fitted-plan", names=("weights",))
+    try:
+        return Plan(
+            computed=tuple(map(bool, fields["computed"])),
+            weights=found["weights"].float(),
+            history=int(fields["history"]),
+            model=str(fields["model"]),
+            num_blocks=int(fields["num_blocks"]),
+            psnr=float(fields["psnr"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DiffusionError):
+            raise DiffusionError(f"{os.fspath(path)}: {error}") from None
+        raise DiffusionError(
+            f"{os.fspath(path)}: its description lacks or garbles {error}; fit it again"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted(Method):
+    """Computes the steps of a plan and predicts the others.
+
+    Args:
+        plan: a `Plan`, or the path of a saved one (`mnemon diffusion fit`).
+    """
+
+    name: ClassVar[str] = "fitted"
+    plan: Plan | str | os.PathLike[str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, Plan):
+            object.__setattr__(self, "plan", load_plan(self.plan))
+
+    @property
+    def levels(self) -> Sequence[Level]:
+        return ("block",)
+
+    @property
+    def _plan(self) -> Plan:
+        assert isinstance(self.plan, Plan)
+        return self.plan
+
+    def check(self, sites: Sites) -> None:
+        plan = self._plan
+        if sites.model != plan.model or len(sites.blocks) != plan.num_blocks:
+            raise DiffusionError(
+                f"the plan is of a {plan.model} with {plan.num_blocks} blocks, this is a "
+                f"{sites.model} with {len(sites.blocks)}; fit one for it"
+            )
+
+    def session(self, sites: Sites, model: nn.Module) -> Session:
+        return _FittedSession(sites, self._plan)
+
+
+class OutputSession(Session):
+    """Runs all blocks, or none and predicts what the last of them returns.
+
+    A subclass sets `skipping` and says what is predicted.
+    """
+
+    def __init__(self, sites: Sites, history: int) -> None:
+        super().__init__(sites)
+        self.skipping = False
+        self.history = History(history)
+        self._entered: Tensor | None = None
+        self._kept: tuple[Tensor | None, ...] = ()
+        self._streams = [s.returns.index("hidden_states") for s in sites.stacks]
+        self._last = len(sites.blocks) - 1
+
+    def predict(self, entered: Tensor) -> Tensor:
+        """What the last block would return, given what entered the first."""
+        raise NotImplementedError
+
+    def learn(self, entered: Tensor, left: Tensor) -> Tensor:
+        """All blocks were computed; what is handed on."""
+        self.history.update(entered, left)
+        return left
+
+    def block(self, index: int, call: BlockCall) -> Output:
+        if index == 0:
+            self._entered = call.inputs[self._streams[0]]
+        entered, stream = self._entered, self._streams[-1]
+        assert entered is not None
+        if self.skipping:
+            self.ran[index] = 0.0
+            if index < self._last:
+                return call.hand_on()
+            self._entered = None
+            left = list(self._kept)  # other streams, if any, end here: nothing reads them
+            left[stream] = self.predict(entered)
+            return call.hand_on(tuple(left))
+        output = call.compute()
+        if index == self._last:
+            self._entered, parts = None, list(call.parts(output))
+            left_now = parts[stream]
+            assert left_now is not None
+            parts[stream] = self.learn(entered, left_now)
+            if parts[stream] is not left_now:
+                return call.hand_on(tuple(parts))
+            self._kept = tuple(parts)
+        return output
+
+    def held(self) -> Iterator[Any]:
+        yield from (self._entered, self._kept)
+        yield from self.history.held()
+
+
+class _FittedSession(OutputSession):
+    def __init__(self, sites: Sites, plan: Plan) -> None:
+        super().__init__(sites, plan.history)
+        self._plan = plan
+        self._weights: Tensor | None = None
+
+    def begin(self, step: Step) -> None:
+        plan = self._plan
+        total = len(plan.computed)
+        if step.index >= total or (step.total is not None and step.total != total):
+            came = step.total if step.total is not None else f"more than {total}"
+            raise DiffusionError(
+                f"the plan was fitted for {total} steps, this run has {came}; run that many, or "
+                "fit a plan for this number"
+            )
+        self.skipping = not plan.computed[step.index]
+        self.computed = [0.0 if self.skipping else 1.0] * len(self.computed)
+        self._weights = plan.weights[step.index] if self.skipping else None
+
+    def predict(self, entered: Tensor) -> Tensor:
+        assert self._weights is not None
+        latest = self.history.latest
+        if self._weights.shape[-1] != latest.shape[-1]:
+            raise DiffusionError(
+                f"the plan has weights for {self._weights.shape[-1]} channels, the model "
+                f"{latest.shape[-1]}; fit a plan for it"
+            )
+        return self.history.predict(entered, self._weights.to(latest.device))
