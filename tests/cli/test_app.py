@@ -53,6 +53,26 @@ def test_main_help_lists_all_commands_and_the_exit_codes() -> None:
     assert "130 interrupted" in result.output
 
 
+GROUPED = [
+    (group, name, summary)
+    for group, (_, commands) in app.GROUPS.items()
+    for name, (_, summary) in commands.items()
+]
+
+
+@pytest.mark.parametrize(("group", "name", "summary"), GROUPED)
+def test_commands_of_groups(
+    group: str, name: str, summary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result = CliRunner().invoke(app.build(f"{group} {name}"), [group, name, "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.output
+    listed = CliRunner().invoke(app.build(), [group, "--help"])
+    assert name in listed.output
+    assert summary in listed.output
+
+
 def test_only_the_command_that_runs_is_imported() -> None:
     modules = imported_by("from mnemon.cli import app; app.build('inspect')")
     assert "mnemon.cli.inspect" in modules
@@ -72,6 +92,11 @@ def test_start_imports_nothing_heavy() -> None:
         (["--help"], output.EXIT_OK),
         (["nothing-like-it"], output.EXIT_USAGE),
         (["inspect"], output.EXIT_USAGE),
+        (["diffusion"], output.EXIT_USAGE),
+        (["diffusion", "--help"], output.EXIT_OK),
+        (["diffusion", "nothing-like-it"], output.EXIT_USAGE),
+        (["diffusion", "demo", "--steps", "1"], output.EXIT_USAGE),
+        (["diffusion", "demo", "/no/such/folder"], output.EXIT_ERROR),
         (["plan", "--batch", "zero"], output.EXIT_USAGE),
         (["plan", "/no/such/folder"], output.EXIT_ERROR),
     ],

@@ -88,14 +88,28 @@ def test_an_announced_schedule_tells_the_total(data: st.DataObject, skipped: int
         assert step.total == len(times) - skipped
 
 
-@given(st.integers(1, 60), st.sampled_from([1.0, 1000.0]))
-def test_a_model_may_be_told_of_thousandths(steps: int, scale: float) -> None:
+@given(
+    st.integers(1, 60),
+    st.integers(0, 59),
+    st.sampled_from([1, 1000]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_models_are_told_of_timesteps_or_thousandths_in_their_precision(
+    steps: int, skipped: int, scale: int, dtype: torch.dtype
+) -> None:
+    skipped = min(skipped, steps - 1)
     clock = Clock()
-    times = [1000.0 * (steps - n) / steps for n in range(steps)]
-    clock.announce(times)
-    for number, time in enumerate(times[1:], 1):
-        assert clock.tick(time / 1000, "", None)[2].total == (steps - 1 if steps > 1 else 1)
-        assert number
+    times = torch.arange(steps, 0, -1) * 1000.0 / steps
+    clock.announce(times.tolist())
+    for time in times[skipped:].to(dtype) / scale:
+        assert clock.tick(float(time), "", None)[2].total == steps - skipped
+
+
+def test_a_first_timestep_of_1_is_the_beginning_of_a_run_in_thousandths() -> None:
+    """FlowMatchEulerDiscreteScheduler's last timestep is 1 of 1,000."""
+    clock = Clock()
+    clock.announce([1000.0, 667.0, 334.0, 1.0])
+    assert clock.tick(1.0, "", None)[2].total == 4
 
 
 @given(st.integers(2, 100), st.floats(0.01, 1.0), st.sampled_from([1.0, 1000.0]))

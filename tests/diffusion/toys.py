@@ -12,6 +12,8 @@ from mnemon.diffusion import Method, Router, find_sites, make_method
 
 __all__ = ["NoisyLoop", "Replay", "Toy", "attributes", "l2c", "router", "tiny_dit"]
 
+Source = int | None | dict[str, int | None]
+
 
 def attributes(pipeline: Any) -> dict[str, Any]:
     """All that modules, their classes, the scheduler and the pipeline carry, by name.
@@ -145,10 +147,10 @@ class Replay:
     Args:
         model: not attached.
         sources: by call of the model, the number of the call whose un-gated sublayer outputs it
-            uses, or None where it computes its own.
+            uses, or None where it computes its own; in a dictionary, by sublayer.
     """
 
-    def __init__(self, model: nn.Module, sources: Sequence[int | None]) -> None:
+    def __init__(self, model: nn.Module, sources: Sequence[Source]) -> None:
         self.sources = list(sources)
         self.calls = 0
         self.outputs: list[dict[str, Any]] = []
@@ -163,6 +165,8 @@ class Replay:
 
     def _answer(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         source = self.sources[self.calls - 1]
+        if isinstance(source, dict):
+            source = source.get(path)
         kept = output if source is None else self.outputs[source][path]
         self.outputs[-1][path] = kept
         return kept

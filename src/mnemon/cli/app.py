@@ -64,7 +64,7 @@ EPILOGUE = (
 
 GROUP_EPILOGUE = (
     "Exit codes as in `mnemon --help`. PIPE is the folder of a saved DiTPipeline, or nothing for "
-    "the bundled one. Needs pip install 'mnemon[diffusion]'."
+    "the bundled one. Needs mnemon's extra `diffusion`."
 )
 
 

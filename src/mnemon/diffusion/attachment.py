@@ -104,7 +104,7 @@ class _Model:
         self._patches.append(Interceptor(module, handler))
 
     def _listen_to_branches(self) -> None:
-        """Pipelines name the branch around each call: ``with transformer.cache_context("cond")``."""
+        """Pipelines name the branch: ``with transformer.cache_context("cond")``."""
         if getattr(self.inner, "cache_context", None) is not None:
             self._set(self.inner, "cache_context", _Branches(self))
 
@@ -160,7 +160,7 @@ class _Model:
         try:
             session = self._begin(args, kwargs)
             started = time.perf_counter()
-            result = original(*args, **kwargs)
+            result = session.answer(original(*args, **kwargs), _first_tensor(args, kwargs))
             session.end()
             # On an accelerator this is the time to issue the work, until something waits for it.
             self.tally.add(session.computed, session.ran, time.perf_counter() - started)
@@ -190,8 +190,7 @@ class _Model:
             raise DiffusionError(f"{self.sites.model} was called without {self._time}")
         # Some pipelines give every token a timestep: those that are kept clean have 0.
         timestep = float(moment.max()) if isinstance(moment, Tensor) else float(moment)
-        hidden = next(tensors(args), None)
-        hidden = next(tensors(kwargs), None) if hidden is None else hidden
+        hidden = _first_tensor(args, kwargs)
         branch = self.branch
         begins, key, step = self.clock.tick(timestep, branch, hidden)
         shape = tuple((t.shape, t.dtype, t.device) for t in tensors((args, kwargs)))
@@ -253,6 +252,12 @@ class _Model:
                     "what it returned last is not what it would return each time (is feed-forward "
                     "chunking on?)"
                 )
+
+
+def _first_tensor(args: Any, kwargs: Any) -> Tensor | None:
+    """The latents: what every transformer takes first."""
+    found = next(tensors(args), None)
+    return next(tensors(kwargs), None) if found is None else found
 
 
 class _Branches:

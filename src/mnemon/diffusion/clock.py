@@ -20,6 +20,8 @@ from torch import Tensor
 
 __all__ = ["Clock", "Key", "Step"]
 
+_ROUNDING = 2.0**-8  # of bfloat16
+
 
 class Key(NamedTuple):
     """Whose features: a guidance branch, and its how manieth evaluation at one timestep."""
@@ -148,10 +150,14 @@ class Clock:
         total: int | None = None
         if self._announced and self._schedule:
             total = len(self._schedule)
-            # A pipeline that starts from an image leaves out the first timesteps.
-            scale = 1.0 if first in self._schedule else 1000.0
-            if first * scale in self._schedule:
-                total -= self._schedule.index(first * scale)
+            # A pipeline that starts from an image leaves out the first timesteps. Models are told
+            # of timesteps or of thousandths, rounded to their own precision.
+            for told in (first * 1000.0, first):
+                distances = [abs(value - told) for value in self._schedule]
+                place = distances.index(min(distances))
+                if distances[place] <= _ROUNDING * abs(told):
+                    total -= place
+                    break
         elif len(self._seen) > 1 and self._sign > 0:
             spacing = (first - self._seen[-1]) / (len(self._seen) - 1)
             total = math.ceil(first / spacing - 1e-3)

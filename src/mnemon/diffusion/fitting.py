@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from mnemon.diffusion.attachment import attach
 from mnemon.diffusion.clock import Step
 from mnemon.diffusion.methods.base import Level, Method, Session
-from mnemon.diffusion.methods.fitted import History, OutputSession, Plan, num_terms
-from mnemon.diffusion.methods.interval import Interval
-from mnemon.diffusion.sites import Sites
+from mnemon.diffusion.methods.fitted import ANSWERS, History, OutputSession, Plan, num_terms
+from mnemon.diffusion.outputs import answer_of, with_answer
+from mnemon.diffusion.recording import record_runs
+from mnemon.diffusion.sampler import Sampler
+from mnemon.diffusion.sites import Sites, find_sites
 from mnemon.errors import DiffusionError
 
 __all__ = ["Fitter", "psnr", "spread"]
@@ -54,6 +56,7 @@ class _Found:
     """What the sessions of a fitting run find out."""
 
     weights: dict[int, Tensor] = field(default_factory=dict)
+    corrections: dict[int, list[float]] = field(default_factory=dict)
     channels: int = 0
 
 
@@ -65,6 +68,7 @@ class _Fitting(Method):
     chosen: tuple[bool, ...]
     history: int
     ridge: float
+    sampler: Sampler
     found: _Found
 
     @property
@@ -103,6 +107,15 @@ class _FittingSession(OutputSession):
         found.weights[self._index] = _solve(self.history, entered, left, method.ridge)
         return self.predict(entered)
 
+    def answer(self, result: Any, hidden: Tensor | None) -> Any:
+        assert hidden is not None
+        found, index, value = self._method.found.corrections, self._index, answer_of(result)
+        if index not in found:
+            found[index] = self._method.sampler.correct(
+                index, hidden, value, self._answers, self.differences(value)
+            )
+        return with_answer(result, self.corrected(value, found[index]))
+
 
 def _solve(history: History, entered: Tensor, target: Tensor, ridge: float) -> Tensor:
     """Weights (terms, channels), each channel a least-squares fit of its own, in float64."""
@@ -140,13 +153,18 @@ class Fitter:
     def __init__(self, pipe: Any, run: Run, *, history: int = 3, ridge: float = 1e-4) -> None:
         self._pipe, self._run = pipe, run
         self._history, self._ridge = history, ridge
-        with torch.no_grad(), attach(pipe, Interval(interval=1, level="stack")) as attached:
-            self._expected = run(pipe).detach().clone()
-            self._model = attached.sites.model
-            self._num_blocks = len(attached.sites.blocks)
-            self.num_steps: int = attached.longest_run()
-        if not self.num_steps:
+        model = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
+        if not isinstance(model, nn.Module):
+            raise DiffusionError(f"a {type(pipe).__name__} came; it has no transformer to fit")
+        sites = find_sites(model)
+        self._model, self._num_blocks = sites.model, len(sites.blocks)
+        images: list[Tensor] = []
+        calls = record_runs(pipe, model, [lambda p: images.append(run(p).detach().clone())])
+        if not calls:
             raise DiffusionError("the calibration run did not call the transformer")
+        self._expected = images[0]
+        self.num_steps: int = max(call.index for call in calls) + 1
+        self._sampler = Sampler(calls, images[0], self.num_steps)
 
     def fit(self, computed: Sequence[bool]) -> Plan:
         """The plan that computes these steps; costs one uncached run.
@@ -162,16 +180,24 @@ class Fitter:
             )
         found = _Found()
         method = _Fitting(
-            chosen=tuple(computed), history=self._history, ridge=self._ridge, found=found
+            chosen=tuple(computed),
+            history=self._history,
+            ridge=self._ridge,
+            sampler=self._sampler,
+            found=found,
         )
         with torch.no_grad(), attach(self._pipe, method):
             came = self._run(self._pipe)
         weights = torch.zeros(self.num_steps, num_terms(self._history), found.channels)
         for step, solved in found.weights.items():
             weights[step] = solved.float().cpu()
+        corrections = torch.zeros(self.num_steps, ANSWERS)
+        for step, factors in found.corrections.items():
+            corrections[step, : len(factors)] = torch.tensor(factors)
         return Plan(
             computed=tuple(computed),
             weights=weights,
+            corrections=corrections,
             history=self._history,
             model=self._model,
             num_blocks=self._num_blocks,

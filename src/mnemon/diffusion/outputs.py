@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
-__all__ = ["Output", "combine", "nbytes", "tensors"]
+__all__ = ["Output", "answer_of", "combine", "nbytes", "tensors", "with_answer"]
 
 Output: TypeAlias = Tensor | tuple[Tensor | None, ...]
 
@@ -32,6 +32,21 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for part in value:
             yield from tensors(part)
+
+
+def answer_of(result: Any) -> Tensor:
+    """The prediction in what a transformer returned: its first tensor."""
+    found = getattr(result, "sample", result)
+    return next(tensors(found if isinstance(found, Tensor) else tuple(found)))
+
+
+def with_answer(result: Any, answer: Tensor) -> Any:
+    """The same kind of result with another prediction."""
+    if isinstance(result, Tensor):
+        return answer
+    if type(result) is tuple:
+        return (answer, *result[1:])
+    return type(result)(**{**result, "sample": answer})  # diffusers' output classes
 
 
 def nbytes(values: Iterable[Any]) -> int:

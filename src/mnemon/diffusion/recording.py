@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from mnemon.diffusion.attachment import attach
 from mnemon.diffusion.clock import Step
 from mnemon.diffusion.methods.base import Level, Method, Session
-from mnemon.diffusion.outputs import tensors
+from mnemon.diffusion.outputs import answer_of, tensors
 from mnemon.diffusion.sites import Sites
 
-__all__ = ["Call", "answer_of", "record_runs"]
+__all__ = ["Call", "record_runs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class Call:
     Args:
         run, branch, index: which run, which guidance branch (in order of appearance), which step.
         arguments: of the forward call, by name.
+        hidden: the latents among them: the first tensor.
         answer: what it predicted.
     """
 
@@ -32,6 +33,7 @@ class Call:
     branch: int
     index: int
     arguments: dict[str, Any]
+    hidden: Tensor
     answer: Tensor
 
 
@@ -69,13 +71,6 @@ class _RecorderSession(Session):
         return iter(())
 
 
-def answer_of(result: Any) -> Tensor:
-    """The prediction in what a transformer returns: its first tensor."""
-    found = getattr(result, "sample", result)
-    tensor = next(tensors(found if isinstance(found, Tensor) else tuple(found)))
-    return tensor
-
-
 def record_runs(pipe: Any, model: nn.Module, runs: Sequence[Callable[[Any], Any]]) -> list[Call]:
     """Runs the pipeline and notes every call of `model`, its transformer.
 
@@ -91,7 +86,14 @@ def record_runs(pipe: Any, model: nn.Module, runs: Sequence[Callable[[Any], Any]
         kept = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         answer = answer_of(result).detach().clone()
         notes.calls.append(
-            Call(run=notes.run, branch=branch, index=index, arguments=kept, answer=answer)
+            Call(
+                run=notes.run,
+                branch=branch,
+                index=index,
+                arguments=kept,
+                hidden=next(tensors(kept)),
+                answer=answer,
+            )
         )
 
     with torch.no_grad(), attach(pipe, _Recorder(notes=notes)) as attached:

@@ -28,8 +28,8 @@ from mnemon.diffusion.attachment import attach
 from mnemon.diffusion.clock import Step
 from mnemon.diffusion.methods.base import Level, Method, Session
 from mnemon.diffusion.methods.options import at_least, between
-from mnemon.diffusion.outputs import Output, combine
-from mnemon.diffusion.recording import Call, answer_of, record_runs
+from mnemon.diffusion.outputs import Output, answer_of, combine
+from mnemon.diffusion.recording import Call, record_runs
 from mnemon.diffusion.router import Router
 from mnemon.diffusion.sites import Sites, find_sites
 from mnemon.errors import DiffusionError

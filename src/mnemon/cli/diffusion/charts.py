@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["colours", "costs", "png", "quality", "svg"]
+__all__ = ["colours", "costs", "held", "png", "quality", "svg"]
 
 _OURS = (
     *("#60a5fa", "#1d4ed8", "#34a391", "#0b6e5f", "#7c3aed", "#0891b2"),
@@ -92,7 +92,8 @@ def quality(
         if any(row["psnr_sd"] for row in members):
             spread = {(row[axis], row["psnr"]): row["psnr_sd"] or 0 for row in members}
             axes.errorbar(
-                *zip(*line, strict=True),
+                [point.cost for point in line],
+                [point.quality for point in line],
                 yerr=[spread[point] for point in line],
                 fmt="none",
                 ecolor=palette[name],
@@ -131,6 +132,25 @@ def costs(rows: Sequence[dict[str, Any]]) -> Figure:
     axes.set_ylabel("share of the uncached seconds")
     axes.set_title("Seconds against computation", loc="left", fontweight="bold")
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def held(rows: Sequence[dict[str, Any]]) -> Figure:
+    """The most memory that features took, a bar for each setting that keeps any."""
+    palette = colours(rows)
+    good = [row for row in rows if row["error"] is None and row["peak_bytes"]]
+    figure, axes = _figure(8.6, 0.9 + 0.27 * len(good))
+    names = [row["name"] for row in good]
+    sizes = [row["peak_bytes"] / 2**20 for row in good]
+    axes.barh(names, sizes, color=[palette[row["family"]] for row in good], height=0.7)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", labelsize=8.5, length=0)
+    for place, size in enumerate(sizes):
+        axes.text(size, place, f" {size:.3g}", va="center", fontsize=8.5)
+    axes.margins(x=0.08)
+    axes.set_xlabel("MiB")
+    axes.set_title("Features held at most", loc="left", fontweight="bold")
     return figure
 
 

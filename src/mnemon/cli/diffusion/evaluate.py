@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mnemon.cli.diffusion.settings import Setting
     from mnemon.diffusion.digits.classifier import Classifier
 
-PICTURES = 10
+PICTURES = 8
 
 
 def command(

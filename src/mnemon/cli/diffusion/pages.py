@@ -6,10 +6,14 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mnemon.cli.output import OutputError
+
+if TYPE_CHECKING:
+    from mnemon.files.atomic import Writer
 
 __all__ = ["Section", "Table", "page", "write_files"]
 
@@ -95,4 +99,8 @@ def write_files(folder: Path, files: Mapping[str, str | bytes | dict[str, Any]])
         if isinstance(content, dict):
             content = json.dumps(content, indent=1, allow_nan=False) + "\n"
         data = content if isinstance(content, bytes) else content.encode()
-        write_atomically(folder / name, lambda writer, data=data: writer.write(data))
+        write_atomically(folder / name, partial(_put, data))
+
+
+def _put(data: bytes, writer: Writer) -> None:
+    writer.write(data)

@@ -12,6 +12,11 @@ from mnemon.cli.wording import times
 
 __all__ = ["Strip", "caption", "grid"]
 
+_CELL = 0.62  # inches; all other lengths are in cells
+_LABEL, _GAP, _HEAD = 4.9, 0.4, 0.45
+_TIMES = 5  # how much differences are amplified
+_INK, _SOFT = "#1d2128", "#5b6370"
+
 
 class Strip(NamedTuple):
     """One row.
@@ -28,35 +33,54 @@ class Strip(NamedTuple):
 
 
 def grid(strips: Sequence[Strip]) -> bytes:
-    """A PNG; single-channel images are dark on light, as digits are written."""
+    """A PNG: each strip's images, and beside them how they differ from the first strip's.
+
+    Single-channel images are dark on light, as digits are written. Of more channels, differences
+    are averaged.
+    """
     from matplotlib.figure import Figure
 
     count = max(len(strip.images) for strip in strips)
-    cell, label = 0.62, 3.3
-    width, height = label + cell * count, cell * len(strips)
-    figure = Figure(figsize=(width + 0.1, height + 0.1), facecolor="white")
-    for row, strip in enumerate(strips):
-        bottom = 1 - (row + 1) * cell / (height + 0.1)
-        middle = bottom + 0.5 * cell / (height + 0.1)
-        gap = 0.09 / (height + 0.1)
-        right = (label - 0.12) / (width + 0.1)
-        look = {"ha": "right", "va": "center"}
-        figure.text(right, middle + gap, strip.name, fontsize=8, color="#1d2128", **look)
-        figure.text(right, middle - gap, strip.figures, fontsize=7, color="#5b6370", **look)
+    rows = len(strips)
+    columns = _LABEL + count + _GAP + (count if rows > 1 else 0)
+    figure = Figure(figsize=(_CELL * columns, _CELL * (rows + _HEAD)), facecolor="white")
+
+    def text(column: float, row: float, words: str, size: float, colour: str, side: str) -> None:
+        place = column / columns, 1 - row / (rows + _HEAD)
+        figure.text(*place, words, fontsize=size, color=colour, ha=side, va="center")
+
+    def draw(column: float, row: float, values: Tensor, **look: Any) -> None:
+        share = 0.93
+        place = (
+            column / columns,
+            1 - (row + share) / (rows + _HEAD),
+            share / columns,
+            share / (rows + _HEAD),
+        )
+        axes = figure.add_axes(place)
+        axes.set_axis_off()
+        axes.imshow(values.numpy(), **look)
+
+    text(_LABEL, _HEAD / 2, "images", 8, _SOFT, "left")
+    if rows > 1:
+        heading = f"minus the uncached, times {_TIMES}: red is darker, blue lighter"
+        text(_LABEL + count + _GAP, _HEAD / 2, heading, 8, _SOFT, "left")
+    for number, strip in enumerate(strips):
+        row = number + _HEAD
+        text(_LABEL - 0.2, row + 0.34, strip.name, 8, _INK, "right")
+        text(_LABEL - 0.2, row + 0.64, strip.figures, 7, _SOFT, "right")
         for column, image in enumerate(strip.images):
-            place = (
-                (label + column * cell) / (width + 0.1),
-                bottom,
-                0.93 * cell / (width + 0.1),
-                0.93 * cell / (height + 0.1),
-            )
-            axes = figure.add_axes(place)
-            axes.set_axis_off()
             shown = (image / 2 + 0.5).clamp(0, 1)
             if len(shown) == 1:
-                axes.imshow(shown[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
+                draw(_LABEL + column, row, shown[0], cmap="gray_r", vmin=0, vmax=1)
             else:
-                axes.imshow(shown.permute(1, 2, 0).numpy())
+                draw(_LABEL + column, row, shown.permute(1, 2, 0))
+            if number and column < len(strips[0].images):
+                # One channel is drawn dark where it is high, colours are not.
+                sign = 1 if len(image) == 1 else -1
+                change = sign * _TIMES * (image - strips[0].images[column]).mean(0)
+                place = _LABEL + count + _GAP + column
+                draw(place, row, change, cmap="RdBu_r", vmin=-2, vmax=2)
     return png(figure)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mnemon.diffusion import Attachment, Method
+    from mnemon.diffusion.methods.fitted import Plan
 
 __all__ = [
     "FEWER_STEPS",
@@ -129,7 +130,7 @@ def learned(folder: Path, steps: int, *, every: bool) -> tuple[list[Setting], li
         missing.append(
             f"l2c left out: no {path.name} beside the pipeline (mnemon diffusion train-router)"
         )
-    plans = {}
+    plans: dict[int, Plan] = {}
     for path in sorted(folder.glob(f"plan-{steps}-*.safetensors")):
         plan = load_plan(path)
         plans.setdefault(sum(plan.computed), plan)
@@ -184,10 +185,10 @@ def _texts() -> Iterator[str]:
                     yield f"taylor(order={order}, interval={interval}, warmup={warmup}{level})"
     for threshold in (0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
         yield f"first_block(threshold={threshold})"
-    for order in ("", ", order=1, warmup=2"):
+    for series in ("", ", order=1, warmup=2"):
         for threshold in (0.1, 0.2, 0.4):
             for longest in (1, 2, 3):
-                yield f"dbcache(threshold={threshold}, longest={longest}{order})"
+                yield f"dbcache(threshold={threshold}, longest={longest}{series})"
     for back in (1, 2):
         yield f"dbcache(front=1, back={back}, threshold=0.3, longest=2, order=1, warmup=2)"
     for name in ("toca", "duca"):

@@ -19,7 +19,7 @@ _PIPE_HELP = "Folder of a saved DiTPipeline; nothing for the bundled one."
 Pipe = Annotated[Path | None, typer.Argument(metavar="[PIPE]", help=_PIPE_HELP)]
 Pipes = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[PIPE]...", help=f"{_PIPE_HELP} Several are training seeds."),
+    typer.Argument(metavar="PIPE", help=f"{_PIPE_HELP} Several are training seeds."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
 Threads = Annotated[
@@ -126,7 +126,8 @@ def load_all(
     Raises:
         DiffusionError: some are of digits and some are not: no classifier serves both.
     """
-    found = [load(p, device=device, threads=threads) for p in paths or [None]]
+    wanted: Sequence[Path | None] = paths or [None]
+    found = [load(path, device=device, threads=threads) for path in wanted]
     if len({(loaded.digits, loaded.num_classes) for loaded in found}) > 1:
         raise DiffusionError("several pipelines have to draw the same things; these do not")
     return found

@@ -76,7 +76,7 @@ class Counter:
             (self._queries, query),
             (self._mlps, mlp),
         ):
-            hooks += [module.register_forward_hook(function) for module in modules]  # type: ignore[arg-type]
+            hooks += [module.register_forward_hook(function) for module in modules]
         try:
             yield work
         finally:

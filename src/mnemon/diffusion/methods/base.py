@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from mnemon.diffusion.clock import Step
 from mnemon.diffusion.hidden import BlockCall
@@ -62,6 +62,10 @@ class Session(abc.ABC):
 
     def probe(self, number: int, output: Output) -> None:  # noqa: B027
         """Module `number` of the method's probes returned `output`."""
+
+    def answer(self, result: Any, hidden: Tensor | None) -> Any:
+        """What the transformer returns in place of `result`; `hidden` is its first tensor."""
+        return result
 
     def end(self) -> None:  # noqa: B027  # most have nothing to do
         """The evaluation ran through."""

@@ -7,7 +7,13 @@ computed steps, and what enters the first block now and entered it then.
     out_m  =  in_m + add_a  +  sum_i  w_i * term_i          add = out - in, what the blocks add
     terms     1, add_a, add_a - add_b, add_b - add_c, ..., in_m, in_m - in_a, in_a - in_b, ...
 
-with a, b, c, ... the computed steps before m, latest first. The weights (one per step, term and
+with a, b, c, ... the computed steps before m, latest first. What the transformer then answers, at
+every step, is corrected by scalars times how far it is from its answers before: at a computed step
+that tells how wrong the prediction before it was, and takes back what that did to the sample.
+
+    y_m  <-  y_m  +  sum_j  c_j (y_m - y_{m-j})             j = 1, 2, 3
+
+ The weights (one per step, term and
 channel) come from `mnemon.diffusion.fitting`. Reuse is the case of zero weights, extrapolation that
 of constant ones.
 """
@@ -27,12 +33,14 @@ from torch import Tensor, nn
 from mnemon.diffusion.clock import Step
 from mnemon.diffusion.hidden import BlockCall
 from mnemon.diffusion.methods.base import Level, Method, Session
-from mnemon.diffusion.outputs import Output
+from mnemon.diffusion.outputs import Output, answer_of, with_answer
 from mnemon.diffusion.router import read_tensors, write_tensors
 from mnemon.diffusion.sites import Sites
 from mnemon.errors import DiffusionError
 
-__all__ = ["Fitted", "History", "Plan", "load_plan", "num_terms"]
+ANSWERS = 3  # that a correction looks back on
+
+__all__ = ["ANSWERS", "Fitted", "History", "Plan", "load_plan", "num_terms"]
 
 
 def num_terms(history: int) -> int:
@@ -104,6 +112,7 @@ class Plan:
     Args:
         computed: by step; the first is.
         weights: zeros for steps that are computed.
+        corrections: c_1, c_2, c_3 by step; zeros where answers are left as they are.
         history: computed steps that a prediction looks back on.
         model: the class of the transformer.
         num_blocks: of that transformer.
@@ -112,6 +121,7 @@ class Plan:
 
     computed: tuple[bool, ...]
     weights: Float[Tensor, "steps terms channels"]
+    corrections: Float[Tensor, "steps answers"]
     history: int
     model: str
     num_blocks: int
@@ -126,7 +136,12 @@ class Plan:
             )
         if not self.computed or not self.computed[0]:
             raise DiffusionError("a plan has to compute its first step; this one does not")
-        if not bool(torch.isfinite(self.weights).all()):
+        if tuple(self.corrections.shape) != (len(self.computed), ANSWERS):
+            raise DiffusionError(
+                f"corrections of shape {tuple(self.corrections.shape)} came, "
+                f"{(len(self.computed), ANSWERS)} was expected"
+            )
+        if not bool(torch.isfinite(self.weights).all() and torch.isfinite(self.corrections).all()):
             raise DiffusionError("a plan's weights have to be finite; some of these are not")
 
     def __str__(self) -> str:
@@ -137,7 +152,10 @@ class Plan:
         """Writes a safetensors file, whole or not at all."""
         write_tensors(
             path,
-            {"weights": self.weights.float().contiguous()},
+            {
+                "weights": self.weights.float().contiguous(),
+                "corrections": self.corrections.float().contiguous(),
+            },
             kind="fitted-plan",
             fields={
                 "computed": [int(done) for done in self.computed],
@@ -155,11 +173,12 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     Raises:
         DiffusionError: no plan is there, or not a whole one.
     """
-    found, fields = read_tensors(path, kind="fitted-plan", names=("weights",))
+    found, fields = read_tensors(path, kind="fitted-plan", names=("weights", "corrections"))
     try:
         return Plan(
             computed=tuple(map(bool, fields["computed"])),
             weights=found["weights"].float(),
+            corrections=found["corrections"].float(),
             history=int(fields["history"]),
             model=str(fields["model"]),
             num_blocks=int(fields["num_blocks"]),
@@ -221,6 +240,7 @@ class OutputSession(Session):
         self.history = History(history)
         self._entered: Tensor | None = None
         self._kept: tuple[Tensor | None, ...] = ()
+        self._answers: list[Tensor] = []  # the latest first, corrected
         self._streams = [s.returns.index("hidden_states") for s in sites.stacks]
         self._last = len(sites.blocks) - 1
 
@@ -257,8 +277,21 @@ class OutputSession(Session):
             self._kept = tuple(parts)
         return output
 
+    def differences(self, answer: Tensor) -> list[Tensor]:
+        """How far `answer` is from the answers before it, the latest first."""
+        return [answer - before for before in self._answers]
+
+    def corrected(self, answer: Tensor, factors: Sequence[float]) -> Tensor:
+        """`answer` with its correction; later ones look back on it."""
+        value = answer
+        for factor, difference in zip(factors, self.differences(answer), strict=False):
+            if factor:
+                value = value.add(difference, alpha=factor)
+        self._answers = [value, *self._answers][:ANSWERS]
+        return value
+
     def held(self) -> Iterator[Any]:
-        yield from (self._entered, self._kept)
+        yield from (self._entered, self._kept, self._answers)
         yield from self.history.held()
 
 
@@ -267,6 +300,9 @@ class _FittedSession(OutputSession):
         super().__init__(sites, plan.history)
         self._plan = plan
         self._weights: Tensor | None = None
+        self._corrections: list[list[float]] = plan.corrections.tolist()
+        self._factors: list[float] = []
+        self._corrects = bool(plan.corrections.any())
 
     def begin(self, step: Step) -> None:
         plan = self._plan
@@ -280,6 +316,7 @@ class _FittedSession(OutputSession):
         self.skipping = not plan.computed[step.index]
         self.computed = [0.0 if self.skipping else 1.0] * len(self.computed)
         self._weights = plan.weights[step.index] if self.skipping else None
+        self._factors = self._corrections[step.index]
 
     def predict(self, entered: Tensor) -> Tensor:
         assert self._weights is not None
@@ -290,3 +327,8 @@ class _FittedSession(OutputSession):
                 f"{latest.shape[-1]}; fit a plan for it"
             )
         return self.history.predict(entered, self._weights.to(latest.device))
+
+    def answer(self, result: Any, hidden: Tensor | None) -> Any:
+        if not self._corrects:
+            return result
+        return with_answer(result, self.corrected(answer_of(result), self._factors))
