@@ -11,8 +11,8 @@ import mnemon.errors
 
 def test_public_names() -> None:
     assert mnemon.__all__ == [
-        "Cache", "Recipe", "attach", "detach", "errors", "export_model", "legacy", "load_cache",
-        "load_export", "prefill",
+        "Cache", "Recipe", "attach", "detach", "diffusion", "errors", "export_model", "legacy",
+        "load_cache", "load_export", "prefill",
     ]  # fmt: skip
     for name in mnemon.__all__:
         assert getattr(mnemon, name) is not None

@@ -31,6 +31,7 @@ __all__ = [
     "Recipe",
     "attach",
     "detach",
+    "diffusion",
     "errors",
     "export_model",
     "legacy",
@@ -41,7 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "legacy"):
+    if name in ("diffusion", "errors", "legacy"):
         return import_module(f"mnemon.{name}")
     if name == "__version__":
         value = _version()

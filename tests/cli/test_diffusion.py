@@ -134,7 +134,7 @@ def read_only(folder: Path) -> Iterator[None]:
         folder.chmod(0o700)
 
 
-# -- eval --------------------------------------------------------------------------------------------
+# -- eval ------------------------------------------------------------------------------------------
 
 
 def test_eval_has_every_figure_of_every_setting(evaluated: tuple[dict[str, Any], Path]) -> None:
@@ -208,6 +208,7 @@ def test_eval_prints_who_wins_where(pipe: Path, tmp_path: Path) -> None:
     result = run("eval", pipe, *words, "--out", tmp_path)
     assert result.exit_code == 0
     assert "At 0.5 of the MACs: " in result.stdout
+    assert "wall-clock" not in result.stdout  # nothing was timed
     assert "fewer steps" in result.stdout
     assert "eval.html" in result.stdout
 
@@ -237,7 +238,7 @@ def test_other_models_than_digits_are_not_classified(tmp_path: Path) -> None:
     assert (tmp_path / "samples.png").is_file()
 
 
-# -- demo and bench ----------------------------------------------------------------------------------
+# -- demo and bench --------------------------------------------------------------------------------
 
 
 def test_demo(pipe: Path, tmp_path: Path) -> None:
@@ -277,7 +278,7 @@ def test_bench_with_peers(pipe: Path, contenders: Path, tmp_path: Path) -> None:
     assert "zero" not in shown.stdout
 
 
-# -- fit and train-router ----------------------------------------------------------------------------
+# -- fit and train-router --------------------------------------------------------------------------
 
 
 def test_what_is_fitted_beside_a_pipeline_is_found(pipe: Path, tmp_path: Path) -> None:
@@ -330,7 +331,7 @@ def test_an_interrupt_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-# -- refusals ----------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["demo", "bench", "eval"])
@@ -421,7 +422,7 @@ def test_the_bundled_pipeline_is_the_default(monkeypatch: pytest.MonkeyPatch) ->
     assert "the bundled DiT has no weights" in run("bench").stderr
 
 
-# -- parts -------------------------------------------------------------------------------------------
+# -- parts -----------------------------------------------------------------------------------------
 
 
 def test_fronts() -> None:

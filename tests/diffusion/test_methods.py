@@ -1,5 +1,6 @@
 """What the papers say of each method, against plain loops in float64."""
 
+import functools
 import json
 import math
 from collections import Counter
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tests.diffusion import pipelines
 from tests.diffusion.pipelines import PIPELINES, by_name
 from tests.diffusion.plain import PlainDBCache, PlainTokens, dit_forward, emphasised, sample
 from tests.diffusion.toys import NoisyLoop, Replay, Toy, router, tiny_dit
@@ -97,8 +99,8 @@ def test_interval_gates_are_those_of_the_current_step() -> None:
     assert loop.timesteps[0] == NoisyLoop(model, steps=2).timesteps[0]
     for number, block in enumerate(model.transformer_blocks):
         (hidden, *rest), kwargs, output = blocks[LAYERS + number]
-        assert not kwargs
-        timestep, labels = rest[3], rest[5]
+        assert not rest
+        timestep, labels = kwargs["timestep"], kwargs["class_labels"]
         attention, mlp = (
             stored[0][f"transformer_blocks.{number}.{name}"] for name in ("attn1", "ff")
         )
@@ -131,7 +133,7 @@ def test_interval_of_stacks_adds_what_was_added() -> None:
     norms = [block.norm1 for block in model.transformer_blocks]
     with attach(model, "interval(interval=3, level=stack)"), _calls(norms) as counts:
         assert torch.equal(loop(0), expected)
-    assert counts == [3 + 8, 3, 3]  # the final layer embeds with the first block's norm
+    assert counts == [3, 3, 3]
 
 
 def test_the_plain_forward_is_the_models() -> None:
@@ -147,9 +149,8 @@ def test_the_plain_forward_is_the_models() -> None:
 
 
 def _polynomial(coefficients: list[float], at: float) -> Tensor:
-    return torch.tensor(
-        [c * sum(w * at**n for n, w in enumerate(coefficients)) for c in (1.0, -2.0)]
-    ).double()
+    value = sum(w * at**n for n, w in enumerate(coefficients))
+    return torch.tensor([value, -2.0 * value], dtype=torch.float64)
 
 
 @given(
@@ -304,7 +305,7 @@ def test_dbcache_decides_as_a_plain_loop(options: dict[str, int]) -> None:
         ]
         assert _schedule(cached) == [tuple(v for v in row for _ in "af") for row in ran]
         columns = [int(sum(row[i] for row in ran)) for i in range(5)]
-        assert counts == [columns[0] + 12, *columns[1:]]  # the back blocks really run
+        assert counts == columns  # the back blocks really run
         seen.add(tuple(plain.decisions))
     assert len(seen) >= 3
 
@@ -567,7 +568,7 @@ def test_duca_counts_of_the_paper(interval: int) -> None:
 def test_duca_counts_in_a_run(interval: int, announced: bool) -> None:
     tiny = by_name("dit")
     pipeline = tiny.build()
-    model: Any = pipeline.transformer
+    model: Any = pipeline.transformer if announced else tiny_dit()
     kinds: Counter[str] = Counter()
     norms = [block.norm1 for block in model.transformer_blocks]
     with attach(pipeline if announced else model, "duca", interval=interval, ratio=0.5) as cached:
@@ -686,9 +687,14 @@ def test_token_wise_runs_are_a_plain_loops(name: str, interval: int, score: str)
     ages: list[dict[int, Tensor]] = []
     with attach(pipe, name, interval=interval, ratio=ratio, score=score) as cached:
         tiny_scheduler.set_timesteps()
-        found = loop(0, each=lambda *_: ages.append(dict(_session(cached)._ages)))
+        fresh = torch.zeros(BATCH, TOKENS)
+        found = loop(
+            0,
+            each=lambda *_: ages.append(
+                {n: _session(cached)._ages.get(2 * n + 1, fresh) for n in range(LAYERS)}
+            ),
+        )
         schedule = _schedule(cached)
-        final = _session(cached)._ages
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
     assert Counter(plain.kinds).keys() >= {"full", "conservative"}
     assert name == "toca" or "aggressive" in plain.kinds
@@ -704,13 +710,12 @@ def test_token_wise_runs_are_a_plain_loops(name: str, interval: int, score: str)
             some += sum(counts) > 0
     assert some >= 3
     for layer, expected_ages in plain.ages.items():
-        torch.testing.assert_close(final[2 * layer + 1].double(), expected_ages)
+        torch.testing.assert_close(ages[-1][layer].double(), expected_ages)
     # A token's counter is zero exactly where the step computed it, and one more elsewhere.
     for step, (kind, chosen) in enumerate(zip(plain.kinds, plain.chosen, strict=True)):
         if kind == "conservative":
             for layer, mask in chosen.items():
-                now = ages[step][2 * layer + 1]
-                before = ages[step - 1].get(2 * layer + 1, torch.zeros_like(now))
+                now, before = ages[step][layer], ages[step - 1][layer]
                 assert torch.equal(now == 0, mask)
                 assert torch.equal(now[~mask], before[~mask] + 1)
 
@@ -775,7 +780,8 @@ def test_the_mlps_get_as_many_tokens_as_the_paper_says(name: str) -> None:
             if int(share * tokens):
                 expected.append(int(share * tokens))
                 fewer += int(share * tokens) < tokens
-        assert lengths[sublayer.path] == expected
+        branches = 2 if tiny.guidance == "separate" else 1
+        assert lengths[sublayer.path] == [length for length in expected for _ in range(branches)]
     assert fewer >= len(mlps)
 
 
@@ -812,12 +818,11 @@ def test_random_tokens_are_those_of_every_half_and_branch() -> None:
         assert indices.shape[0] == 4
         assert (indices == indices[:1]).all()
     assert len({tuple(i[0].tolist()) for i in chosen if i.shape[1] == chosen[-1].shape[1]}) > 1
-    tiny, halves = by_name("flux-true-cfg"), len(chosen)
+    tiny = by_name("flux-true-cfg")
     pipeline = tiny.build()
     chosen.clear()
-    with attach(pipeline, "toca(interval=4, ratio=0.3, score=random)") as cached, Watch():
+    with attach(pipeline, "toca(interval=4, ratio=0.1, score=random)") as cached, Watch():
         tiny.call(pipeline, 10, 1, 0)
-    assert halves
     rows = _schedule(cached)
     chunk, by_step = 0, []
     for row in rows:
@@ -836,6 +841,14 @@ def test_seeds_of_random_scores() -> None:
             results.append(NoisyLoop(model, steps=10)(0))
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], results[1])
+
+
+def _without_vae(tiny: Any) -> Any:
+    """The pipeline; a DiT's images are its latents."""
+    pipeline = tiny.build()
+    if tiny.name == "dit":
+        pipeline.vae.decode = lambda latents: type("Decoded", (), {"sample": latents})
+    return pipeline
 
 
 _PLACES: dict[str, dict[str, slice]] = {
@@ -880,7 +893,7 @@ class _Maps(TorchFunctionMode):
 @pytest.mark.parametrize("name", _PLACES)
 def test_attention_scores_are_those_of_the_whole_map(name: str) -> None:
     tiny = by_name(name)
-    pipeline = tiny.build()
+    pipeline = _without_vae(tiny)
     sites = find_sites(pipeline.transformer)
     with attach(pipeline, "toca(interval=9, score=attention)") as cached, _Maps() as maps:
         tiny.call(pipeline, 1, BATCH, 0)
@@ -925,8 +938,15 @@ EMBEDDERS = (
 FINAL = BATCH * CHANNELS * 2 * CHANNELS + BATCH * TOKENS * CHANNELS * 16
 
 
+def _attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+    batch, heads, rows, dim = q
+    return 2 * batch * heads * rows * k[2] * (dim + v[3])
+
+
 def _flops(call: Callable[[], Any]) -> int:
-    counter = FlopCounterMode(display=False)
+    # torch has no formula for the attention that it runs on a CPU.
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={cpu: _attention_flops})
     with counter:
         call()
     return counter.get_total_flops()
@@ -944,16 +964,27 @@ METHODS: dict[str, Callable[[nn.Module, int], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["dit", "pixart-sigma", "sd3", "flux", "wan", "hunyuan-dit"])
-def test_macs_are_what_torch_counts_in_a_run(name: str, method: str) -> None:
-    steps = 8
+@functools.cache
+def _flops_uncached(name: str, steps: int) -> int:
     tiny = by_name(name)
-    pipeline = tiny.build()
+    pipeline = _without_vae(tiny)
+    return _flops(lambda: tiny.call(pipeline, steps, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *(("dit", method) for method in METHODS),
+        *(("hunyuan-dit", method) for method in ("dbcache", "duca")),
+        *(("flux", method) for method in ("interval stack", "l2c", "toca")),
+    ],
+)
+def test_macs_are_what_torch_counts_in_a_run(name: str, method: str) -> None:
+    steps = 6
+    tiny = by_name(name)
+    pipeline = _without_vae(tiny)
     transformer = pipeline.transformer
-    if name == "dit":
-        pipeline.vae.decode = lambda latents: type("Decoded", (), {"sample": latents})
-    whole = _flops(lambda: tiny.call(pipeline, steps, 1, 0))
+    whole = _flops_uncached(name, steps)
     options = METHODS[method](transformer, steps)
     with attach(pipeline, method.split()[0], **options) as cached:
         spent = _flops(lambda: tiny.call(pipeline, steps, 1, 0))
@@ -966,11 +997,14 @@ def test_macs_are_what_torch_counts_in_a_run(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("tiny", PIPELINES, ids=lambda tiny: tiny.name)
-def test_macs_of_every_pipeline(tiny: Any) -> None:
-    pipeline = tiny.build()
-    if tiny.name == "dit":
-        pipeline.vae.decode = lambda latents: type("Decoded", (), {"sample": latents})
-    whole = _flops(lambda: tiny.call(pipeline, 2, 1, 0))
+def test_macs_of_every_pipeline(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if tiny.name == "lumina2":
+        # It cuts prompts by their masks: of two branches, the first one's length is counted.
+        same = torch.tensor([[1, 1, 1, 1, 1, 0]])
+        masks = {f"{p}prompt_attention_mask": same for p in ("", "negative_")}
+        monkeypatch.setattr(pipelines, "_masks", lambda batch: masks)
+    pipeline = _without_vae(tiny)
+    whole = _flops_uncached(tiny.name, 2)
     with attach(pipeline, "interval(interval=2)") as cached:
         spent = _flops(lambda: tiny.call(pipeline, 2, 1, 0))
         report = cached.report()
@@ -1142,8 +1176,8 @@ def test_numbers_of_a_report() -> None:
     assert len(plain["sublayers"]) == 6
     for counts in plain["sublayers"].values():
         assert counts == {"computed": 6.0, "reused": 8.0}
-    text = str(report)
-    for part in ("2 runs, 14 evaluations", "transformer_blocks.*.attn1", "43%", "36", "48"):
+    text = " ".join(str(report).split())
+    for part in ("2 runs, 14 evaluations", "transformer_blocks.*.attn1", "43%", " 18 ", " 24 "):
         assert part in text
 
 

@@ -15,8 +15,12 @@ __all__ = ["environment"]
 PACKAGES = ("mnemon", "torch", "transformers", "safetensors", "optimum-quanto", "hqq")
 
 
-def environment() -> dict[str, Any]:
-    """What a reader needs to place a figure; no host name, no user, no path."""
+def environment(*packages: str) -> dict[str, Any]:
+    """What a reader needs to place a figure; no host name, no user, no path.
+
+    Args:
+        packages: whose versions matter too.
+    """
     import torch
 
     load = getattr(os, "getloadavg", None)
@@ -25,7 +29,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["mnemon", *_arguments()]),
         "python": platform.python_version(),
-        **{name: found for name in PACKAGES if (found := _version(name))},
+        **{name: found for name in (*PACKAGES, *packages) if (found := _version(name))},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "processors_usable": _usable(),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 __all__ = ["Clock", "Key", "Step"]
 
-_ROUNDING = 2.0**-8  # of bfloat16
+_ROUNDING = 2.0**-7  # of bfloat16, twice
 
 
 class Key(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mnemon.diffusion.sites import Sites
 
@@ -126,8 +126,14 @@ def count_macs(model: nn.Module, sites: Sites, arguments: Mapping[str, Any]) -> 
     )
 
 
+def _attention(queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(queries, keys, values)
+
+
 def _run(model: nn.Module, arguments: Mapping[str, Any], device: torch.device) -> Any:
-    counter = FlopCounterMode(display=False)
+    # torch has no formula for the attention that it runs on a CPU, and would count nothing.
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
     counter.depth = 10**6  # of modules within modules
     with torch.no_grad(), counter:
         model(**_filled(arguments, device))

@@ -86,7 +86,8 @@ class Tally:
     def macs(self) -> tuple[int, int] | None:
         """Multiply-accumulates spent, and what the same evaluations cost without a cache.
 
-        None if the model's cannot be counted by shapes alone.
+        Where lengths depend on a mask's values (Lumina 2), those of the first evaluation with
+        arguments of these shapes count. None if the model's cannot be counted at all.
         """
         spent = whole = 0
         for key, found in self._by_shape.items():

@@ -235,6 +235,7 @@ class RouterTrainer:
         state.shares = None
         with torch.no_grad():
             self._model(**full.arguments)
+        state.kept = [self.stand_in(output) for output in state.kept]
         shares = self.scores[row].sigmoid()
         state.shares = shares
         said = answer_of(self._model(**cached.arguments))
@@ -249,6 +250,10 @@ class RouterTrainer:
             # The cost term weighs more while too much is computed, and less while too little is.
             computed = float(self.scores.detach().sigmoid().mean())
             self.lam *= math.exp(0.2 * (computed - options.share))
+
+    def stand_in(self, output: Output | None) -> Output | None:
+        """What a sublayer that is not computed answers with, given its output of the full step."""
+        return output
 
     def router(self) -> Router:
         """The router as trained so far."""
@@ -325,7 +330,7 @@ def draw_schedule(router: Router, path: Path) -> None:
     figure = Figure(figsize=(2.5 + 0.28 * router.num_steps, height), layout="constrained")
     axes = figure.subplots()
     colours = ["#eceff4", "#e08e45", "#3b6ea8"]
-    axes.imshow(grid, aspect="auto", cmap=ListedColormap(colours), vmin=0, vmax=2)
+    axes.imshow(grid.numpy(), aspect="auto", cmap=ListedColormap(colours), vmin=0, vmax=2)
     axes.set_yticks(range(len(router.paths)), router.paths, fontsize=6)
     axes.set_xticks(range(0, router.num_steps, 1 if router.num_steps <= 25 else 5))
     axes.tick_params(axis="x", labelsize=7)

@@ -78,7 +78,7 @@ def command(
     chosen = list({each.name: each for each in chosen}.values())
     task = Task(steps=steps, samples=samples, batch=samples, guidance=guidance, seed=seed)
     studio = Studio(loaded.pipe, task, loaded.num_classes)
-    units = (len(chosen) + 1) * (rounds + 1)
+    units = len(chosen) * (rounds + 1) + 1
     with quiet_diffusers(), bar("bench", units, quiet=as_json) as progress:
         outcomes = studio.quality(chosen, progress)
         studio.clock(outcomes, rounds, progress)
@@ -89,7 +89,7 @@ def command(
             **{"steps": steps, "samples": samples, "rounds": rounds},
             **{"guidance": guidance, "seed": seed},
         },
-        "environment": environment(),
+        "environment": environment("diffusers", "cache-dit"),
         "notes": notes,
         "results": record.rows([outcomes]),
     }

@@ -100,6 +100,8 @@ def quality(
                 alpha=0.35,
                 zorder=1,
             )
+    # What is dearer than the uncached is of no use, and would squeeze all the rest.
+    axes.set_xlim(0, min(1.1, max([1.0, *(row[axis] for row in good)]) * 1.02))
     axes.set_xlabel(f"share of the uncached {AXES[axis]}")
     axes.set_ylabel("PSNR to the uncached images, dB")
     axes.set_title(title, loc="left", fontweight="bold")
@@ -124,12 +126,15 @@ def costs(rows: Sequence[dict[str, Any]]) -> Figure:
                 label=name,
                 zorder=3,
             )
-    top = max([1.0, *(row["time_share"] for row in good)])
+    top = min(2.0, max([1.0, *(row["time_share"] for row in good)]))
     axes.plot([0, top], [0, top], color="#9ca3af", linestyle=":", zorder=1)
     axes.set_xlim(0, 1.05)
     axes.set_ylim(0, top * 1.05)
     axes.set_xlabel("share of the uncached MACs")
     axes.set_ylabel("share of the uncached seconds")
+    beyond = sum(row["time_share"] > top for row in good)
+    if beyond:
+        axes.set_xlabel(f"share of the uncached MACs ({beyond} settings lie above the chart)")
     axes.set_title("Seconds against computation", loc="left", fontweight="bold")
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -63,7 +63,7 @@ def command(
     chosen += learned
     task = Task(steps=steps, samples=samples, batch=samples, guidance=guidance, seed=seed)
     studio = Studio(loaded.pipe, task, loaded.num_classes)
-    units = (len(chosen) + 1) * (rounds + 1)
+    units = len(chosen) * (rounds + 1) + 1
     with quiet_diffusers(), bar("demo", units, quiet=as_json) as progress:
         outcomes = studio.quality(chosen, progress, keep=_COLUMNS)
         studio.clock(outcomes, rounds, progress)
@@ -74,7 +74,7 @@ def command(
             **{"steps": steps, "samples": samples, "rounds": rounds},
             **{"guidance": guidance, "seed": seed},
         },
-        "environment": environment(),
+        "environment": environment("diffusers", "cache-dit"),
         "notes": notes,
         "results": record.rows([outcomes]),
         "report": str(out / PAGE),

@@ -83,7 +83,7 @@ def command(
 
         common += load_peers(peers, steps)
     lists, notes = _own(common, loaded, steps, only)
-    units = sum(len(each) + 2 for each in lists) + sum(len(each) + 1 for each in lists) * rounds
+    units = sum(len(each) * (rounds + 1) + 2 for each in lists)
     record = _evaluate(loaded, lists, task, rounds, timed, units, quiet=as_json)
     record |= {"notes": notes}
     from mnemon.cli.diffusion import evaluate_report
@@ -164,7 +164,7 @@ def _evaluate(
             "rounds": rounds,
             "timed_samples": timed,
         },
-        "environment": environment(),
+        "environment": environment("diffusers", "cache-dit"),
         "classifier_accuracy": None if classifier is None else classifier.accuracy,
         "floor": results[0]["distance"],  # the uncached images, against those of other noise
         "results": results,

@@ -18,6 +18,7 @@ from mnemon.errors import MnemonError
 
 __all__ = ["Outcome", "Progress", "Run", "Studio", "Task", "describe"]
 
+_BETWEEN = 16  # settings timed between two uncached generations
 Progress = Callable[[str], None]  # says what comes next; one unit of work is about to begin
 
 
@@ -190,29 +191,34 @@ class Studio:
         return found
 
     def clock(self, outcomes: Sequence[Outcome], rounds: int, progress: Progress) -> None:
-        """Times all that work, in turn, every other round in reverse; one round before is unseen.
+        """Times all that work, in turn, every other round in reverse.
+
+        The first, uncached, which all others are compared with, comes again after every 16 others:
+        in a long round the machine may change its speed.
 
         Args:
             outcomes: get their `rounds_s`.
-            rounds: timed.
-            progress: told before each run.
+            rounds: timed; a generation before them is not.
+            progress: told before each run but the uncached one's repetitions.
         """
-        working = [outcome for outcome in outcomes if outcome.error is None]
-        for outcome in working:
-            outcome.rounds_s = []
+        for outcome in outcomes:
+            outcome.rounds_s = None if outcome.error is not None else []
         self.run(uncached())
         for number in range(rounds):
-            for outcome in working if number % 2 == 0 else reversed(working):
-                if outcome.error is not None:
-                    continue
+            others = outcomes[1:] if number % 2 == 0 else outcomes[:0:-1]
+            for place, outcome in enumerate(others):
+                if place % _BETWEEN == 0:
+                    self._time(outcomes[0])
                 progress(f"round {number + 1}: {outcome.setting.name}")
-                try:
-                    seconds = self.run(outcome.setting).seconds
-                except Exception as error:
-                    outcome.error = describe(outcome.setting, error)
-                    continue
-                assert outcome.rounds_s is not None
-                outcome.rounds_s.append(seconds)
+                if outcome.error is None:
+                    self._time(outcome)
+
+    def _time(self, outcome: Outcome) -> None:
+        assert outcome.rounds_s is not None
+        try:
+            outcome.rounds_s.append(self.run(outcome.setting).seconds)
+        except Exception as error:
+            outcome.error = describe(outcome.setting, error)
 
 
 def describe(setting: Setting, error: Exception) -> str:

@@ -13,7 +13,7 @@ from mnemon.cli.wording import times
 __all__ = ["Strip", "caption", "grid"]
 
 _CELL = 0.62  # inches; all other lengths are in cells
-_LABEL, _GAP, _HEAD = 4.9, 0.4, 0.45
+_GAP, _HEAD = 0.4, 0.45
 _TIMES = 5  # how much differences are amplified
 _INK, _SOFT = "#1d2128", "#5b6370"
 
@@ -42,7 +42,8 @@ def grid(strips: Sequence[Strip]) -> bytes:
 
     count = max(len(strip.images) for strip in strips)
     rows = len(strips)
-    columns = _LABEL + count + _GAP + (count if rows > 1 else 0)
+    label = 0.6 + 0.105 * max(len(strip.name) for strip in strips)
+    columns = label + count + _GAP + (count if rows > 1 else 0)
     figure = Figure(figsize=(_CELL * columns, _CELL * (rows + _HEAD)), facecolor="white")
 
     def text(column: float, row: float, words: str, size: float, colour: str, side: str) -> None:
@@ -61,25 +62,25 @@ def grid(strips: Sequence[Strip]) -> bytes:
         axes.set_axis_off()
         axes.imshow(values.numpy(), **look)
 
-    text(_LABEL, _HEAD / 2, "images", 8, _SOFT, "left")
+    text(label, _HEAD / 2, "images", 8, _SOFT, "left")
     if rows > 1:
         heading = f"minus the uncached, times {_TIMES}: red is darker, blue lighter"
-        text(_LABEL + count + _GAP, _HEAD / 2, heading, 8, _SOFT, "left")
+        text(label + count + _GAP, _HEAD / 2, heading, 8, _SOFT, "left")
     for number, strip in enumerate(strips):
         row = number + _HEAD
-        text(_LABEL - 0.2, row + 0.34, strip.name, 8, _INK, "right")
-        text(_LABEL - 0.2, row + 0.64, strip.figures, 7, _SOFT, "right")
+        text(label - 0.2, row + 0.34, strip.name, 8, _INK, "right")
+        text(label - 0.2, row + 0.64, strip.figures, 7, _SOFT, "right")
         for column, image in enumerate(strip.images):
             shown = (image / 2 + 0.5).clamp(0, 1)
             if len(shown) == 1:
-                draw(_LABEL + column, row, shown[0], cmap="gray_r", vmin=0, vmax=1)
+                draw(label + column, row, shown[0], cmap="gray_r", vmin=0, vmax=1)
             else:
-                draw(_LABEL + column, row, shown.permute(1, 2, 0))
+                draw(label + column, row, shown.permute(1, 2, 0))
             if number and column < len(strips[0].images):
                 # One channel is drawn dark where it is high, colours are not.
                 sign = 1 if len(image) == 1 else -1
                 change = sign * _TIMES * (image - strips[0].images[column]).mean(0)
-                place = _LABEL + count + _GAP + column
+                place = label + count + _GAP + column
                 draw(place, row, change, cmap="RdBu_r", vmin=-2, vmax=2)
     return png(figure)
 

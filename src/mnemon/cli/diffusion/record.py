@@ -99,6 +99,8 @@ def at_cost(
             families.setdefault(row["family"], []).append(row)
     tables = []
     for axis in AXES:
+        if all(row[axis] is None for row in found):
+            continue  # nothing was timed
         for cost in costs:
             entries = [_entry(name, rows, axis, cost, num_pipes) for name, rows in families.items()]
             reached = [entry for entry in entries if entry is not None]

@@ -181,7 +181,7 @@ def _texts() -> Iterator[str]:
             yield f"interval(interval={interval}{level})"
         for order in (1, 2):
             for interval in (2, 3, 4):
-                for warmup in (1, 3):
+                for warmup in (1, 3, 5, 8) if interval == 2 else (1, 3):
                     yield f"taylor(order={order}, interval={interval}, warmup={warmup}{level})"
     for threshold in (0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
         yield f"first_block(threshold={threshold})"

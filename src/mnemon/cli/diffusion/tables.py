@@ -105,6 +105,8 @@ def cost_grid(tables: Sequence[dict[str, Any]], axis: str) -> tuple[list[str], l
     The order is that of the middle cost; the best of each column is marked with a star.
     """
     chosen = [table for table in tables if table["axis"] == axis]
+    if not chosen:
+        return [], []
     by_cost = [{entry["family"]: entry for entry in table["families"]} for table in chosen]
     middle = by_cost[len(by_cost) // 2]
     names = dict.fromkeys([*middle, *(name for found in by_cost for name in found)])
@@ -134,10 +136,8 @@ def show_costs(out: Console, tables: Sequence[dict[str, Any]]) -> None:
         headings, lines = cost_grid(tables, axis)
         if not lines:
             continue
-        table = Table(
-            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left"
-        )
-        table.title = f"Best PSNR within a share of the uncached {word} (over fewer steps)"
+        out.print(f"\nBest PSNR within a share of the uncached {word}, and over fewer steps")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("", no_wrap=True)
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)

@@ -6,7 +6,7 @@
 
 - `data`: the images, in training and held-out halves that never change
 - `architecture`, `pixels`: the model, and the "autoencoder" of a model that works on pixels
-- `trainer`, `train`: how it was trained
+- `trainer`, `train`: how it was trained; `sampling`: from flow-matching models
 - `classifier`: what an image shows, and features to compare images by
 """
 

@@ -84,7 +84,10 @@ def _zero(linear: nn.Linear) -> None:
 
 
 def build_pipeline(transformer: nn.Module, objective: Objective = "epsilon") -> DiTPipeline:
-    """A `DiTPipeline` of this transformer: DDIM for "epsilon", Euler for "flow"."""
+    """A `DiTPipeline` of this transformer, with DDIM for "epsilon".
+
+    For "flow" it can be saved and loaded, but not called: see `sample_flow`.
+    """
     from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
 
     from mnemon.diffusion.digits.pixels import identity_vae
@@ -139,6 +142,11 @@ def load_pipeline(path: str | os.PathLike[str] | None = None) -> DiTPipeline:
     if not (folder / "model_index.json").is_file():
         raise ZooError(
             f"{os.fspath(folder)} has no model_index.json; give the folder of a saved DiTPipeline"
+        )
+    if (folder / "moe.json").is_file():
+        raise ZooError(
+            f"{os.fspath(folder)} has mixtures of experts, which DiTPipeline would replace by "
+            "random feed-forwards; load it with mnemon.diffusion.diffmoe.load_moe"
         )
     try:
         from diffusers import DiTPipeline
