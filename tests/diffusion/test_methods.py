@@ -31,6 +31,7 @@ from mnemon.diffusion.methods.scores import (
 )
 from mnemon.diffusion.methods.taylor import Series
 from mnemon.diffusion.methods.toca import StepKind, kind_of_step, next_interval, token_ratio
+from mnemon.diffusion.outputs import nbytes
 from mnemon.errors import DiffusionError
 
 TOKENS, BATCH, CHANNELS, LAYERS = 16, 2, 16, 3
@@ -1153,6 +1154,14 @@ def test_bytes_of_two_branches_and_of_shared_storages() -> None:
                         both += part.nbytes
         one = sum(kept.values())
     assert found == one <= both
+
+
+def test_bytes_count_each_storage_once_and_whole() -> None:
+    whole = torch.zeros(4, 6)
+    assert nbytes([whole, whole, (whole[:1], None), {"a": [whole.T]}]) == 96
+    assert nbytes([whole[:1]]) == 96  # a view keeps all of it alive
+    assert nbytes([whole, whole.clone()]) == 192
+    assert nbytes([None, 3, ()]) == 0
 
 
 # -- the report --------------------------------------------------------------------------------

@@ -127,6 +127,35 @@ def _sized() -> nn.Module:
     return model
 
 
+@each_setting
+def test_another_batch_in_mid_run_is_another_run(setting: str) -> None:
+    """Nothing else tells so: timesteps go on falling."""
+    labels = torch.tensor([3, 10, 17])
+
+    def steps(model: nn.Module, batches: list[int], timesteps: list[int]) -> list[Tensor]:
+        noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        return [
+            model(noise[:n] * t, timestep=torch.full((n,), t), class_labels=labels[:n]).sample
+            for n, t in zip(batches, timesteps, strict=True)
+        ]
+
+    model, other = _dit(), _dit()
+    with attach(model, _method(setting, model)), attach(other, _method(setting, other)):
+        found = steps(model, [2, 2, 3, 3, 3, 3], [900, 800, 700, 600, 500, 400])[2:]
+        expected = steps(other, [3, 3, 3, 3], [700, 600, 500, 400])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_an_announcement_lets_go_of_what_was_kept() -> None:
+    tiny = by_name("dit")
+    pipeline = tiny.build()
+    with attach(pipeline, "interval(interval=3)") as cached:
+        tiny.call(pipeline, STEPS, BATCH, 0)
+        assert cached.nbytes > 0
+        pipeline.scheduler.set_timesteps(3)
+        assert cached.nbytes == 0
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 7])
 @each_setting
 def test_any_number_of_steps(setting: str, steps: int) -> None:
@@ -200,7 +229,11 @@ def test_two_pipelines_share_a_scheduler(name: str, first_detached: int) -> None
     assert all(c.report().runs == 2 for c in cached)
     cached[first_detached].detach()
     assert torch.equal(tiny.call(pipelines[first_detached], STEPS, BATCH, 0), plain)
-    assert torch.equal(tiny.call(pipelines[1 - first_detached], STEPS, BATCH, 0), expected)
+    other = pipelines[1 - first_detached]
+    with _fails(other.scheduler, "step", 0, _Stop), pytest.raises(_Stop):
+        tiny.call(other, STEPS, BATCH, 5)
+    # Only an announcement tells that what follows this first step is another run.
+    assert torch.equal(tiny.call(other, STEPS, BATCH, 0), expected)
     cached[1 - first_detached].detach()
     assert [attributes(pipeline) for pipeline in pipelines] == before
     assert torch.equal(tiny.call(pipelines[1 - first_detached], STEPS, BATCH, 0), plain)
@@ -318,25 +351,6 @@ class _Named(Toy, CacheMixin):
     """A toy with diffusers' `cache_context`."""
 
 
-def _branches_apart(model: Toy, step: Callable[[float, Tensor, Tensor], None]) -> None:
-    """Every block received, for each branch, what that branch's own latest full step returned."""
-    cond, uncond = torch.ones(1, 2, dtype=torch.float64), torch.full((1, 2), -7.0).double()
-    with attach(model, "interval(interval=3)"):
-        for number in range(6):
-            step(900.0 - 100 * number, cond + number, uncond - number)
-    for block in model.blocks:
-        received: Any = block.received
-        assert len(received) == 12
-        signs = [float(attention[0, 0].sign()) for attention, _ in received]
-        for sign in (1.0, -1.0):
-            mine = [pair for pair, s in zip(received, signs, strict=True) if s == sign]
-            assert len(mine) == 6
-            for number, pair in enumerate(mine):
-                for now, source in zip(pair, mine[number - number % 3], strict=True):
-                    assert now is source
-    assert all(len(block.attn.seen) == 4 for block in model.blocks)
-
-
 def test_unnamed_branches_never_share() -> None:
     model = Toy().requires_grad_(False)
     # The two branches of one step get the same latents, as guidance does; what they attend to
@@ -358,35 +372,48 @@ def test_unnamed_branches_never_share() -> None:
         assert signs[::2] != signs[1::2]
 
 
-@pytest.mark.parametrize("swap", [False, True])
-def test_named_branches_never_share(swap: bool) -> None:
-    """Even where they have other latents, and where their order changes from step to step."""
-    model = _Named().requires_grad_(False)
-    count = 0
+LATENTS = {"cond": 1.0, "uncond": -7.0}
 
-    def step(timestep: float, cond: Tensor, uncond: Tensor) -> None:
-        nonlocal count
-        calls = [("cond", cond), ("uncond", uncond)]
-        for name, latents in reversed(calls) if swap and count % 2 else calls:
+
+def _received(calls: list[tuple[int, str]], interval: int) -> None:
+    """Calls (step, branch) of a toy; each branch gets what its own latest full step returned."""
+    model = _Named().requires_grad_(False)
+    with attach(model, "interval", interval=interval):
+        for step, name in calls:
+            latents = torch.full((1, 2), LATENTS[name] * (1 + step), dtype=torch.float64)
             with model.cache_context(name):
-                model(latents, torch.tensor([timestep]))
-        count += 1
+                model(latents, torch.tensor([900.0 - 100 * step]))
+    for block in model.blocks:
+        for name in LATENTS:
+            mine = [n for n, (_, branch) in enumerate(calls) if branch == name]
+            for count, number in enumerate(mine):
+                source = mine[count - count % interval]
+                for now, then in zip(block.received[number], block.received[source], strict=True):
+                    assert now is then
+        assert len({id(attention) for attention, _ in block.received}) == sum(
+            -(-sum(branch == name for _, branch in calls) // interval) for name in LATENTS
+        )
+    # What the first block received comes from its own branch's latents.
+    first: Any = model.blocks[0]
+    for (_, name), (attention, _) in zip(calls, first.received, strict=True):
+        assert attention[0, 0] * LATENTS[name] > 0
 
-    _branches_apart(model, step)
+
+@pytest.mark.parametrize("interval", [2, 3])
+@pytest.mark.parametrize("order", ["kept", "swapped", "uncond first"])
+def test_named_branches_never_share(order: str, interval: int) -> None:
+    """Even where they have other latents, and where their order changes from step to step."""
+    calls = []
+    for step in range(6):
+        turned = order == "uncond first" or (order == "swapped" and step % 2)
+        calls += [(step, name) for name in sorted(LATENTS, reverse=bool(turned))]
+    _received(calls, interval)
 
 
-def test_a_branch_that_joins_late_or_pauses_has_its_own_count() -> None:
-    model = _Named().requires_grad_(False)
-    with attach(model, "interval(interval=2)"):
-        for number in range(6):
-            x = torch.ones(1, 2, dtype=torch.float64) + number
-            for name in ("cond", "uncond") if number in (1, 2, 5) else ("cond",):
-                with model.cache_context(name):
-                    model(x, torch.tensor([900.0 - 100 * number]))
-    # cond computes at 0, 2, 4; uncond at 1 and 5, its first and third evaluation
-    seen = model.blocks[0].attn.seen
-    values = [float(t[0, 0] / model.blocks[0].attn.weight) for t in seen]
-    assert values == pytest.approx([1, 2, 3, 5, 6])
+@pytest.mark.parametrize("interval", [2, 3])
+def test_a_branch_that_joins_late_or_pauses_has_its_own_count(interval: int) -> None:
+    calls = [(step, "cond") for step in range(6)] + [(step, "uncond") for step in (1, 2, 5)]
+    _received(sorted(calls), interval)
 
 
 @pytest.mark.parametrize("tiny", [t for t in PIPELINES if t.guidance == "separate"], ids=str)

@@ -127,7 +127,7 @@ def count_macs(model: nn.Module, sites: Sites, arguments: Mapping[str, Any]) -> 
 
 
 def _attention(queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(queries, keys, values)
+    return int(sdpa_flop_count(queries, keys, values))
 
 
 def _run(model: nn.Module, arguments: Mapping[str, Any], device: torch.device) -> Any:
