@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.diffusion.pipelines import PIPELINES, Tiny, by_name
 from torch import Tensor
 
 from mnemon.diffusion import attach
-from mnemon.diffusion.fitting import Fitter, psnr, spread
+from mnemon.diffusion.fitting import Fitter, profiles, psnr, spread
 from mnemon.diffusion.methods.fitted import Fitted, History, Plan, load_plan, num_terms
 from mnemon.diffusion.recording import record_runs
 from mnemon.diffusion.router import Router
@@ -170,6 +171,21 @@ def test_spread(steps: int, count: int) -> None:
     assert found[0]
     with pytest.raises(DiffusionError, match="1 to"):
         spread(steps, steps + 1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "count"), [(20, 10), (20, 7), (20, 14), (50, 17), (6, 1), (4, 4)]
+)
+def test_profiles(steps: int, count: int) -> None:
+    found = profiles(steps, count)
+    assert found[0] == spread(steps, count)
+    assert len(set(found)) == len(found) <= 13
+    for chosen in found[1:]:
+        places = [i for i, done in enumerate(chosen) if done] + [steps]
+        gaps = [b - a for a, b in itertools.pairwise(places)]
+        assert places[0] == 0
+        assert sum(chosen) == count
+        assert gaps == sorted(gaps, reverse=True)
 
 
 def test_psnr() -> None:

@@ -391,8 +391,9 @@ class Attachment:
     def reset(self) -> None:
         """Forgets all features: what follows is another run.
 
-        Needed only where a run stops after its very first step, without a pipeline, and is begun
-        again with the same input.
+        Needed only without a pipeline: where a run stops after its very first step and is begun
+        again with the same input, where runs are interleaved out of step, and between runs of a
+        single step, which look like further evaluations at one timestep.
         """
         for model in self._models:
             model.reset()

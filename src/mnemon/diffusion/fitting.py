@@ -4,8 +4,9 @@ fit      the calibration runs once more. At a step that is to be left out all bl
          computed all the same, the weights are solved for (ridge regression towards plain
          reuse) against what they return, and the run goes on with the prediction: later steps
          are fitted on runs that drift as they will when the method is used.
-search   from evenly spread steps, one computed step is moved at a time while that brings the
-         results closer to the uncached ones
+search   evenly spread steps, and some that lie closer and closer towards the end, are tried; from
+         the best of them one computed step is moved at a time while that brings the results
+         closer to the uncached ones
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mnemon.diffusion.sampler import Sampler
 from mnemon.diffusion.sites import Sites, find_sites
 from mnemon.errors import DiffusionError
 
-__all__ = ["Fitter", "psnr", "spread"]
+__all__ = ["Fitter", "profiles", "psnr", "spread"]
 
 Run = Callable[[Any], Tensor]
 
@@ -49,6 +50,39 @@ def spread(num_steps: int, count: int) -> tuple[bool, ...]:
         raise DiffusionError(f"{count} steps to compute came; 1 to {num_steps} were expected")
     chosen = {round(i * num_steps / count) for i in range(count)}
     return tuple(step in chosen for step in range(num_steps))
+
+
+def profiles(num_steps: int, count: int, *, most: int = 12) -> list[tuple[bool, ...]]:
+    """Choices of `count` steps whose distances never grow towards the end, even ones first.
+
+    An error made late is not mended any more, and predictions from steps that lie closer together
+    than the one predicted are poor. Distances go one beyond the even one; of many choices `most`
+    are taken, from the evenest to the one that is densest at the end.
+    """
+    even = spread(num_steps, count)
+    longest = -(-num_steps // count) + 1
+    found = [
+        steps for gaps in _partitions(num_steps, count, longest) if (steps := _from(gaps)) != even
+    ]
+    kept = [found[i * len(found) // most] for i in range(most)] if len(found) > most else found
+    return [even, *kept]
+
+
+def _partitions(total: int, parts: int, longest: int) -> Iterator[list[int]]:
+    """Ways to write `total` as `parts` numbers from 1 to `longest` that do not grow."""
+    if parts == 0:
+        if total == 0:
+            yield []
+        return
+    for first in range(min(longest, total - parts + 1), 0, -1):
+        if first * parts < total:
+            return  # those that follow are no larger
+        for rest in _partitions(total - first, parts - 1, first):
+            yield [first, *rest]
+
+
+def _from(gaps: Sequence[int]) -> tuple[bool, ...]:
+    return tuple(place == 0 for gap in gaps for place in range(gap))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -211,16 +245,22 @@ class Fitter:
             count: steps computed, of all.
             rounds: times that every computed step is tried one place earlier and later.
         """
-        best = self.fit(spread(self.num_steps, count))
-        yield best, True
+        best: Plan | None = None
+        for steps in profiles(self.num_steps, count):
+            tried = self.fit(steps)
+            better = best is None or tried.psnr > best.psnr
+            if better:
+                best = tried
+            yield tried, better
+        assert best is not None
         for _ in range(rounds):
             moved = False
             for step, other in self._moves(best):
                 if not best.computed[step] or best.computed[other]:
                     continue  # an earlier move of this round
-                steps = list(best.computed)
-                steps[step], steps[other] = False, True
-                tried = self.fit(steps)
+                moves = list(best.computed)
+                moves[step], moves[other] = False, True
+                tried = self.fit(moves)
                 better = tried.psnr > best.psnr
                 if better:
                     best, moved = tried, True

@@ -307,8 +307,8 @@ class _FittedSession(OutputSession):
     def begin(self, step: Step) -> None:
         plan = self._plan
         total = len(plan.computed)
-        if step.index >= total or (step.total is not None and step.total != total):
-            came = step.total if step.total is not None else f"more than {total}"
+        if step.index >= total or (step.told and step.total != total):
+            came = step.total if step.told else f"more than {total}"
             raise DiffusionError(
                 f"the plan was fitted for {total} steps, this run has {came}; run that many, or "
                 "fit a plan for this number"
