@@ -27,7 +27,7 @@ from rich.table import Table
 from torch._dynamo.utils import counters
 
 from mnemon.diffusion import attach, find_sites
-from mnemon.diffusion.digits import load_pipeline
+from mnemon.diffusion.digits import bundled_path, load_pipeline
 
 RESULTS = Path(__file__).parent / "results"
 # Method, and what is compiled for it.
@@ -36,6 +36,7 @@ METHODS = (
     ("taylor(order=2, interval=2)", "sublayers"),
     ("interval(interval=2, level=stack)", "blocks"),
     ("taylor(order=2, interval=2, level=stack)", "blocks"),
+    ("fitted", "blocks"),
 )
 
 
@@ -66,6 +67,9 @@ def times(pipe: Any, method: str, images: int, rounds: int) -> tuple[list[float]
 
 def measure(given: argparse.Namespace, method: str, level: str) -> dict[str, Any]:
     """One row: eager and compiled, each on a pipeline of its own."""
+    if method == "fitted":
+        folder = bundled_path() if given.pipe is None else given.pipe
+        method = f"fitted(plan={folder / 'plan-20-10.safetensors'})"
     torch._dynamo.reset()
     counters.clear()
     eager = load_pipeline(given.pipe)
@@ -74,7 +78,10 @@ def measure(given: argparse.Namespace, method: str, level: str) -> dict[str, Any
     paths = [s.path for s in (sites.sublayers if level == "sublayers" else sites.blocks)]
     for path in paths:
         compiled.transformer.get_submodule(path).compile()
-    row: dict[str, Any] = {"method": method, "compiled": level}
+    row: dict[str, Any] = {
+        "method": method.replace(str(given.pipe or bundled_path()), "PIPE"),
+        "compiled": level,
+    }
     for name, pipe in (("eager", eager), ("inductor", compiled)):
         plain, cached = times(pipe, method, given.images, given.rounds)
         row[f"{name}_plain_s"], row[f"{name}_cached_s"] = map(statistics.median, (plain, cached))

@@ -1,9 +1,10 @@
-"""Learning-to-Cache on the bundled DiT against other ways of choosing, at equal MACs.
+"""Learning-to-Cache on the bundled DiT against other ways of choosing, at equal cost.
 
     python benchmarks/l2c.py PIPE [PIPE ...] [--shares 0.25 0.5] [--steps 300] [--out DIR]
 
 PIPE: folders of pipelines trained from different seeds (python -m mnemon.diffusion.digits.train).
-Every odd step of DDIM-20 is a cache step, which computes a share of the sublayers. Who says which:
+Every odd step of DDIM-20 is a cache step, which computes a share of the sublayers (attentions cost
+half of MLPs, so MACs of arms differ by a percent; they are printed). Who says which:
 
     l2c          a router trained on the pipeline's own runs
     metric       those whose outputs change most between the two steps, measured on the same runs

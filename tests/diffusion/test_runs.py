@@ -416,7 +416,10 @@ def test_a_branch_that_joins_late_or_pauses_has_its_own_count(interval: int) -> 
     _received(sorted(calls), interval)
 
 
-@pytest.mark.parametrize("tiny", [t for t in PIPELINES if t.guidance == "separate"], ids=str)
+SEPARATE = [t for t in PIPELINES if t.guidance == "separate"]
+
+
+@pytest.mark.parametrize("tiny", SEPARATE, ids=lambda tiny: tiny.name)
 def test_separate_guidance_is_what_two_caches_would_do(tiny: Any) -> None:
     pipeline = tiny.build()
     sources = [None, None, 0, 1, 2, 3, None, None, 6, 7, 8, 9]

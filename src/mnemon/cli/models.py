@@ -182,6 +182,12 @@ def parse_device(text: str) -> Any:
         device = torch.device("meta")
     if device.type == "meta":  # it holds no numbers
         raise ModelError(f"unknown device {text!r}; use auto, cpu, cuda, cuda:1, mps or xpu.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ModelError(
+            f"device {text!r} is not there, or not for this torch; use auto."
+        ) from None
     return device
 
 

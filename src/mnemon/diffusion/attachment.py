@@ -28,9 +28,16 @@ __all__ = ["Attachment", "attach", "detach"]
 
 _ATTRIBUTE = "_mnemon_diffusion"
 _TIMES = ("timestep", "timesteps", "t", "sigma")
+# What tells guidance branches apart; other inputs (a ControlNet's) may change with every step.
+_CONDITIONS = ("encoder_hidden_states", "class_labels", "pooled_projections")
 # Of a pipeline; a second transformer works on the later, less noisy timesteps (Wan 2.2).
 _COMPONENTS = ("transformer", "transformer_2")
-_ASCENDING = ("Lumina2Transformer2DModel",)
+_ASCENDING = (
+    "Lumina2Transformer2DModel",
+    "LuminaNextDiT2DModel",
+    "OmniGenTransformer2DModel",
+    "ZImageTransformer2DModel",
+)
 
 
 class _Model:
@@ -44,6 +51,11 @@ class _Model:
             raise DiffusionError(
                 f"a cache is attached to this {type(self.inner).__name__} already; call "
                 "mnemon.diffusion.detach(model) first"
+            )
+        if getattr(self.inner, "is_cache_enabled", False):
+            raise DiffusionError(
+                f"one of diffusers' own caches is enabled on this {type(self.inner).__name__}, and "
+                "the errors of two would add up; call transformer.disable_cache() first"
             )
         self.sites: Sites = find_sites(self.inner)
         method.check(self.sites)
@@ -65,6 +77,8 @@ class _Model:
         self.session: Session | None = None
         self._sessions: dict[Key, Session] = {}
         self._shapes: dict[Key, tuple[Any, ...]] = {}
+        self._conditions: dict[Key, tuple[Any, ...]] = {}
+        self._bypassed = False
         self.branch = ""
         self._thread: int | None = None
         self._called: list[int] | None = None  # by sublayer, in the first evaluation of a run
@@ -113,6 +127,7 @@ class _Model:
             return
         found = vars(scheduler).get("set_timesteps")
         announcer = found if isinstance(found, _Announcer) else _Announcer(scheduler)
+        self.method.check_sampler(type(scheduler).__name__)
         announcer.listeners.append(self)
         self._undo.append(functools.partial(announcer.forget, self))
 
@@ -146,6 +161,7 @@ class _Model:
         self.session = None
         self._sessions.clear()
         self._shapes.clear()
+        self._conditions.clear()
         self.clock.start()
 
     @property
@@ -193,6 +209,10 @@ class _Model:
         hidden = _first_tensor(args, kwargs)
         branch = self.branch
         begins, key, step = self.clock.tick(timestep, branch, hidden)
+        condition = tuple(named.get(name) for name in _CONDITIONS)
+        other = self._key_of(key, condition)
+        if other != key:
+            key, step = other, self.clock.instead(key, other)
         shape = tuple((t.shape, t.dtype, t.device) for t in tensors((args, kwargs)))
         if self._shapes.get(key, shape) != shape:
             # Another batch or another size within what looked like one run: it is another run.
@@ -201,27 +221,43 @@ class _Model:
         if begins:
             self._sessions.clear()
             self._shapes.clear()
+            self._conditions.clear()
         elif not self.clock.settled:
             self._sessions.pop(key, None)
         session = self._sessions.get(key)
         if session is None:
+            self._called = [0] * len(self.sites.sublayers)
+            self._blocks_called = [0] * len(self.sites.blocks)
             session = self._sessions[key] = self.method.session(self.sites, self.inner)
             step = step.first()
             self.clock.restart(key)
-        self._shapes[key] = shape
+        self._shapes[key], self._conditions[key] = shape, condition
         self.tally.begin(begins, self.inner, named, shape)
-        if begins:
-            self._called = [0] * len(self.sites.sublayers)
         session.computed = [0.0] * len(self.sites.sublayers)
         session.ran = [1.0] * len(self.sites.blocks)
         session.begin(step)
         self.session = session
         return session
 
+    def _key_of(self, key: Key, condition: tuple[Any, ...]) -> Key:
+        """The key whose features this call may use: same branch, same conditioning.
+
+        Where nobody names branches they are told apart by their order, and one that drops out in
+        mid-run (guidance for a part of the steps) would leave its place to the other.
+        """
+        known = self._conditions.get(key)
+        if known is None or _alike(known, condition):
+            return key
+        for other, value in self._conditions.items():
+            if other.branch == key.branch and _alike(value, condition):
+                return other
+        self._sessions.pop(key, None)  # another prompt: nothing kept is of use
+        return key
+
     def _sublayer(self, number: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         session = self.session
         if session is None:
-            return original(*args, **kwargs)
+            return self._outside(original, args, kwargs)
         if self._called is not None:
             self._called[number] += 1
         return session.sublayer(number, original, args, kwargs)
@@ -231,7 +267,9 @@ class _Model:
     ) -> Any:
         session = self.session
         if session is None:
-            return original(*args, **kwargs)
+            return self._outside(original, args, kwargs)
+        if self._called is not None:
+            self._blocks_called[index] += 1
         return session.block(index, BlockCall(ports, original, args, kwargs))
 
     def _probe(self, number: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -240,18 +278,48 @@ class _Model:
             self.session.probe(number, output)
         return output
 
+    def _outside(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A part is called, but the transformer's own call did not come through here."""
+        if self._bypassed:
+            return original(*args, **kwargs)
+        raise DiffusionError(
+            f"a part of this {self.sites.model} ran outside of the transformer's forward as it was "
+            "attached, so the cache is out of work: its forward was replaced since (offloading "
+            "hooks: attach before enabling them), gradient checkpointing runs it again, or it was "
+            "called by hand; call mnemon.diffusion.detach(model) to go on without a cache"
+        )
+
     def _check_calls(self, session: Session) -> None:
-        """After a run's first evaluation, which computes everything: each sublayer ran once."""
+        """After a key's first evaluation, which computes everything: each part ran once."""
         called, self._called = self._called, None
+        if "block" in self.method.levels:
+            for count, block in zip(self._blocks_called, self.sites.blocks, strict=True):
+                if count != 1:
+                    raise DiffusionError(
+                        f"{block.path} ran {count} times in one evaluation of {self.sites.model} "
+                        f"(skip_layers?); {self.method.name} stands for stretches of blocks and "
+                        "needs all of them, use a method at the level of sublayers"
+                    )
         if "sublayer" not in self.method.levels or called is None:
             return
         for count, sublayer in zip(called, self.sites.sublayers, strict=True):
-            if count != 1:
+            if count > 1:
                 raise DiffusionError(
                     f"{sublayer.path} ran {count} times in one evaluation of {self.sites.model}; "
                     "what it returned last is not what it would return each time (is feed-forward "
                     "chunking on?)"
                 )
+
+
+def _alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    for a, b in zip(one, other, strict=True):
+        if a is b:
+            continue
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return False
+        if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a, b):
+            return False
+    return True
 
 
 def _first_tensor(args: Any, kwargs: Any) -> Tensor | None:
@@ -301,6 +369,7 @@ class _Announcer:
         result = self._original(*args, **kwargs)
         found = getattr(self._scheduler, "timesteps", None)
         for model in self.listeners:
+            model.method.check_sampler(type(self._scheduler).__name__)
             model.reset()
             if isinstance(found, Tensor):
                 model.clock.announce(found.flatten().tolist())
@@ -432,6 +501,11 @@ def attach(target: Any, method: str | Method, **options: Any) -> Attachment:
         return Attachment(models, chosen, None)
     found = {name: getattr(target, name, None) for name in _COMPONENTS}
     models = [_Model(n, m, chosen) for n, m in found.items() if isinstance(m, nn.Module)]
+    if len(models) > 1 and chosen.made_for_one:
+        raise DiffusionError(
+            f"this {type(target).__name__} has {len(models)} transformers, and {chosen.name} was "
+            "made for the steps of one; attach it to each by itself, with what was made for it"
+        )
     if not models:
         raise DiffusionError(
             f"a {type(target).__name__} came; a pipeline with a transformer, or a transformer "
@@ -460,4 +534,9 @@ def uncached(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     mark = getattr(model, _ATTRIBUTE, None)
     if mark is None or not mark.model._patches:
         return model(*args, **kwargs)
-    return mark.model._patches[-1]._original(*args, **kwargs)
+    inner: _Model = mark.model
+    inner._bypassed = True
+    try:
+        return inner._patches[-1]._original(*args, **kwargs)
+    finally:
+        inner._bypassed = False

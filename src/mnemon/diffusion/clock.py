@@ -11,7 +11,7 @@ kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,17 @@ from torch import Tensor
 __all__ = ["Clock", "Key", "Step"]
 
 _ROUNDING = 2.0**-7  # of bfloat16, twice
+
+
+# How models are told of timesteps in a scale that rises: of a schedule that does so itself
+# (inversion), or of one that falls, turned round.
+_RISING: tuple[Callable[[float], float], ...] = (
+    lambda t: t,
+    lambda t: t / 1000,
+    lambda t: 1 - t,
+    lambda t: 1 - t / 1000,
+    lambda t: 1000 - t,
+)
 
 
 class Key(NamedTuple):
@@ -67,7 +78,7 @@ class Clock:
     """
 
     def __init__(self, *, ascending: bool = False) -> None:
-        self._sign = -1.0 if ascending else 1.0
+        self._own_sign = -1.0 if ascending else 1.0
         self._schedule: tuple[float, ...] = ()
         self.start()
 
@@ -84,6 +95,7 @@ class Clock:
     def start(self) -> None:
         """The next call is the first of a run."""
         self._announced = False
+        self._sign = self._own_sign
         self._seen: list[float] = []  # distinct timesteps of this run, in order
         self._calls: dict[str, int] = {}  # by branch, at the latest timestep
         self._indices: dict[Key, int] = {}
@@ -98,6 +110,8 @@ class Clock:
             Whether it begins a new run, its key, and its place.
         """
         begins = not self._seen
+        if self._announced and len(self._seen) == 1 and self._rises(timestep):
+            self._sign = -1.0
         if self._seen and (timestep - self._seen[-1]) * self._sign > 0:
             self.start()
             begins = True
@@ -109,13 +123,33 @@ class Clock:
         if not self._announced and len(self._seen) == 1 and hidden is not None:
             self._look(count, hidden)
         key = Key(branch, count)
+        return begins, key, self._step(key, timestep)
+
+    def instead(self, key: Key, other: Key) -> Step:
+        """The call just counted was not one of `key`, but of `other`."""
+        self._indices[key] -= 1
+        return self._step(other, self._seen[-1])
+
+    def _step(self, key: Key, timestep: float) -> Step:
         count = self._indices.get(key, 0)
         self._indices[key] = count + 1
         told = self._announced and bool(self._schedule)
         total, before = self._total(count), self._before.get(key, 0)
         if total is not None:
             total -= before
-        return begins, key, Step(index=count - before, timestep=timestep, total=total, told=told)
+        return Step(index=count - before, timestep=timestep, total=total, told=told)
+
+    def _rises(self, timestep: float) -> bool:
+        """Whether the announced schedule is told to the model as a scale that rises."""
+        if len(self._schedule) < 2 or timestep <= self._seen[0]:
+            return False
+        told = (self._seen[0], timestep)
+        for told_as in _RISING:
+            ahead = [told_as(value) for value in self._schedule[:2]]
+            near = zip(ahead, told, strict=True)
+            if all(abs(a - t) <= _ROUNDING * (1e-3 + abs(a)) for a, t in near):
+                return True
+        return False
 
     def restart(self, key: Key) -> None:
         """`key` counts from its latest evaluation on."""
@@ -151,13 +185,16 @@ class Clock:
         if self._announced and self._schedule:
             total = len(self._schedule)
             # A pipeline that starts from an image leaves out the first timesteps. Models are told
-            # of timesteps or of thousandths, rounded to their own precision.
+            # of timesteps or of thousandths, rounded to their own precision; where both would fit,
+            # of those that fit better.
+            found = []
             for told in (first * 1000.0, first):
                 distances = [abs(value - told) for value in self._schedule]
                 place = distances.index(min(distances))
-                if distances[place] <= _ROUNDING * abs(told):
-                    total -= place
-                    break
+                found.append((distances[place] / max(abs(told), 1e-9), place))
+            misfit, place = min(found, key=lambda one: one[0])
+            if misfit <= _ROUNDING:
+                total -= place
         elif len(self._seen) > 1 and self._sign > 0:
             spacing = (first - self._seen[-1]) / (len(self._seen) - 1)
             total = math.ceil(first / spacing - 1e-3)

@@ -144,6 +144,8 @@ class _FittingSession(OutputSession):
     def answer(self, result: Any, hidden: Tensor | None) -> Any:
         assert hidden is not None
         found, index, value = self._method.found.corrections, self._index, answer_of(result)
+        if index not in found and all(self._method.chosen[: index + 1]):
+            found[index] = []  # nothing was predicted yet: there is nothing to take back
         if index not in found:
             found[index] = self._method.sampler.correct(
                 index, hidden, value, self._answers, self.differences(value)
@@ -199,6 +201,10 @@ class Fitter:
         self._expected = images[0]
         self.num_steps: int = max(call.index for call in calls) + 1
         self._sampler = Sampler(calls, images[0], self.num_steps)
+        first = min(call.branch for call in calls)
+        self._timesteps = tuple(c.timestep for c in calls if c.branch == first)
+        scheduler = getattr(pipe, "scheduler", None)
+        self._scheduler = "" if scheduler is None else type(scheduler).__name__
 
     def fit(self, computed: Sequence[bool]) -> Plan:
         """The plan that computes these steps; costs one uncached run.
@@ -235,6 +241,8 @@ class Fitter:
             history=self._history,
             model=self._model,
             num_blocks=self._num_blocks,
+            timesteps=self._timesteps,
+            sampler=self._scheduler,
             psnr=psnr(came, self._expected),
         )
 

@@ -23,12 +23,14 @@ class Call:
     """One evaluation of the transformer, without a cache.
 
     Args:
+        timestep: as the transformer was told it.
         run, branch, index: which run, which guidance branch (in order of appearance), which step.
         arguments: of the forward call, by name.
         hidden: the latents among them: the first tensor.
         answer: what it predicted.
     """
 
+    timestep: float
     run: int
     branch: int
     index: int
@@ -41,7 +43,7 @@ class Call:
 class _Notes:
     run: int = 0
     branches: int = 0
-    place: tuple[int, int] = (0, 0)
+    place: tuple[int, int, float] = (0, 0, 0.0)
     calls: list[Call] = field(default_factory=list)
 
 
@@ -65,7 +67,7 @@ class _RecorderSession(Session):
         self._notes, self._branch = notes, branch
 
     def begin(self, step: Step) -> None:
-        self._notes.place = (self._branch, step.index)
+        self._notes.place = (self._branch, step.index, step.timestep)
 
     def held(self) -> Iterator[Any]:
         return iter(())
@@ -81,12 +83,13 @@ def record_runs(pipe: Any, model: nn.Module, runs: Sequence[Callable[[Any], Any]
     names = list(_parameters(model))
 
     def note(_: Any, args: Any, kwargs: Any, result: Any) -> None:
-        branch, index = notes.place
+        branch, index, timestep = notes.place
         arguments = dict(zip(names, args, strict=False)) | kwargs
         kept = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         answer = answer_of(result).detach().clone()
         notes.calls.append(
             Call(
+                timestep=timestep,
                 run=notes.run,
                 branch=branch,
                 index=index,

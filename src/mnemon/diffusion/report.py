@@ -102,6 +102,8 @@ class Tally:
     def _count(self, key: Any, arguments: Any) -> Macs | None:
         if key not in self._counted:
             assert self._model is not None
+            if any(getattr(module, "needs_batch", False) for module in self._model.modules()):
+                return None  # what experts compute depends on what they are given
             try:
                 self._counted[key] = count_macs(self._model, self.sites, arguments)
             except (RuntimeError, NotImplementedError, TypeError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,76 @@ from mnemon.diffusion.sites import Sites
 from mnemon.errors import DiffusionError
 from mnemon.files.atomic import write_atomically
 
-__all__ = ["Router", "load_router", "read_tensors", "write_tensors"]
+__all__ = ["Fields", "Router", "load_router", "place_of", "read_tensors", "write_tensors"]
+
+_NEAR = 0.005  # timesteps are told in the model's dtype: bfloat16 has 8 bits
+
+
+def place_of(timestep: float, timesteps: Sequence[float], what: str) -> int:
+    """Where in the run that something was made for this timestep is.
+
+    Raises:
+        DiffusionError: nowhere.
+    """
+    distances = [abs(timestep - made) for made in timesteps]
+    place = distances.index(min(distances))
+    if distances[place] > _NEAR * abs(timesteps[place]) + 1e-6:
+        near = ", ".join(f"{t:.4g}" for t in timesteps[:4])
+        raise DiffusionError(
+            f"the {what} was made for {len(timesteps)} steps at the timesteps {near}, ...; this "
+            f"run has one at {timestep:.4g}: use the sampler and the number of steps that it was "
+            "made for, or make another one"
+        )
+    return place
+
+
+class Fields:
+    """The description in a file: every field of the kind that is expected, or an error."""
+
+    def __init__(self, fields: Mapping[str, Any], path: str) -> None:
+        self._fields, self._path = fields, path
+
+    def _get(self, name: str, good: Callable[[Any], bool], kind: str) -> Any:
+        value = self._fields.get(name)
+        if not good(value):
+            shown = repr(value)[:60]
+            raise DiffusionError(f"{self._path}: {name} should be {kind}, it is {shown}")
+        return value
+
+    def text(self, name: str) -> str:
+        """A string."""
+        found: str = self._get(name, lambda v: isinstance(v, str), "a text")
+        return found
+
+    def whole(self, name: str) -> int:
+        """A whole number from 1 on."""
+        found: int = self._get(name, lambda v: type(v) is int and v > 0, "a whole number")
+        return found
+
+    def number(self, name: str) -> float:
+        """A finite number."""
+        return float(self._get(name, _is_number, "a finite number"))
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite numbers."""
+        good = self._get(
+            name, lambda v: isinstance(v, list) and all(map(_is_number, v)), "a list of numbers"
+        )
+        return tuple(map(float, good))
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings."""
+        return tuple(
+            self._get(
+                name,
+                lambda v: isinstance(v, list) and all(isinstance(part, str) for part in v),
+                "a list of texts",
+            )
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,6 +100,8 @@ class Router:
             sigmoid of a score is how much that sublayer should be computed there.
         threshold: above which a sigmoid means "compute".
         num_steps: of the runs that it was trained for.
+        timesteps: of these runs, as the model is told them: others are refused. Without them a run
+            is only checked for its number of steps, where a scheduler says it.
         model: the class of the transformer.
         paths: the sublayers' names, in the order of the columns.
     """
@@ -39,6 +111,7 @@ class Router:
     num_steps: int
     model: str
     paths: tuple[str, ...]
+    timesteps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         expected = (self.num_steps // 2, len(self.paths))
@@ -47,6 +120,10 @@ class Router:
                 f"scores of shape {tuple(self.scores.shape)} came; {self.num_steps} steps and "
                 f"{len(self.paths)} sublayers need {expected}"
             )
+        if self.timesteps and len(self.timesteps) != self.num_steps:
+            raise DiffusionError(f"{len(self.timesteps)} timesteps came for {self.num_steps} steps")
+        if not math.isfinite(self.threshold):
+            raise DiffusionError(f"threshold={self.threshold} came; a finite number was expected")
         if not bool(torch.isfinite(self.scores).all()):
             raise DiffusionError("a router's scores have to be finite; some of these are not")
 
@@ -57,7 +134,9 @@ class Router:
     def computes(self, threshold: float | None = None) -> list[list[bool]]:
         """Whether each sublayer is computed, by cache step."""
         bar = self.threshold if threshold is None else threshold
-        found: list[list[bool]] = (self.scores.double().sigmoid() > bar).tolist()
+        shares = self.scores.double().sigmoid()
+        # At 0 everything is computed, also where a sigmoid is too small for a number.
+        found: list[list[bool]] = (shares >= bar if bar <= 0 else shares > bar).tolist()
         return found
 
     def with_share(self, share: float) -> Router:
@@ -83,6 +162,7 @@ class Router:
             num_steps=self.num_steps,
             model=self.model,
             paths=self.paths,
+            timesteps=self.timesteps,
         )
 
     def check(self, sites: Sites) -> None:
@@ -107,6 +187,7 @@ class Router:
             fields={
                 "threshold": self.threshold,
                 "num_steps": self.num_steps,
+                "timesteps": list(self.timesteps),
                 "model": self.model,
                 "paths": list(self.paths),
             },
@@ -120,20 +201,14 @@ def load_router(path: str | os.PathLike[str]) -> Router:
         DiffusionError: no router is there, or not a whole one.
     """
     found, fields = read_tensors(path, kind="l2c-router", names=("scores",))
-    try:
-        return Router(
-            scores=found["scores"].float(),
-            threshold=float(fields["threshold"]),
-            num_steps=int(fields["num_steps"]),
-            model=str(fields["model"]),
-            paths=tuple(map(str, fields["paths"])),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DiffusionError):
-            raise DiffusionError(f"{os.fspath(path)}: {error}") from None
-        raise DiffusionError(
-            f"{os.fspath(path)}: its description lacks or garbles {error}; train it again"
-        ) from None
+    return Router(
+        scores=found["scores"].float(),
+        threshold=fields.number("threshold"),
+        num_steps=fields.whole("num_steps"),
+        timesteps=fields.numbers("timesteps"),
+        model=fields.text("model"),
+        paths=fields.texts("paths"),
+    )
 
 
 def write_tensors(
@@ -149,7 +224,7 @@ def write_tensors(
 
 def read_tensors(
     path: str | os.PathLike[str], *, kind: str, names: tuple[str, ...]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], Fields]:
     """What `write_tensors` wrote.
 
     Raises:
@@ -174,4 +249,7 @@ def read_tensors(
         fields = None
     if not isinstance(fields, dict):
         raise DiffusionError(f"{shown}: its description is damaged; make the file again")
-    return found, fields
+    for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise DiffusionError(f"{shown}: {name} is of {tensor.dtype}, not of a real dtype")
+    return found, Fields(fields, shown)

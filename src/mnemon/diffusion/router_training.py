@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -147,6 +148,7 @@ class RouterTrainer:
                 "have the same number, at least 2"
             )
         self.num_steps = counts.pop()
+        self._timesteps = tuple(self._calls[0, 0, i].timestep for i in range(self.num_steps))
         self._sources = sorted({(r, b) for r, b, _ in self._calls})
         generator = torch.Generator().manual_seed(options.seed)
         shape = (self.num_steps // 2, len(self.sites.sublayers))
@@ -171,7 +173,7 @@ class RouterTrainer:
                     "optimiser": self._optimiser.state_dict(),
                     "step": self.step,
                     "lam": self.lam,
-                    "options": json.dumps(asdict(self.options)),
+                    "options": json.dumps(self._identity()),
                 },
                 file,
             )
@@ -188,9 +190,11 @@ class RouterTrainer:
         try:
             state = torch.load(path, map_location=self.scores.device, weights_only=True)
             came = json.loads(state["options"])
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise DiffusionError(f"{path}: no checkpoint of a router ({error})") from None
-        expected = asdict(self.options)
+        except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DiffusionError(f"{path}: no checkpoint of a router ({_short(error)})") from None
+        except pickle.UnpicklingError:
+            raise DiffusionError(f"{path}: no checkpoint of a router, but another file") from None
+        expected = self._identity()
         if came != expected or state["scores"].shape != self.scores.shape:
             raise DiffusionError(
                 f"{path} is of a run with {came} and {tuple(state['scores'].shape)} scores, this "
@@ -201,6 +205,13 @@ class RouterTrainer:
             self.scores.copy_(state["scores"])
         self._optimiser.load_state_dict(state["optimiser"])
         self.step, self.lam = state["step"], state["lam"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that goes on from it."""
+        answers = [call.answer.double().abs().mean().item() for call in self._calls.values()]
+        # The recorded answers stand for the model, the guidance and the runs.
+        recorded = [len(answers), float(f"{sum(answers):.5g}")]
+        return {**asdict(self.options), "recorded": recorded}
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -261,10 +272,15 @@ class RouterTrainer:
             scores=self.scores.detach().cpu().clone(),
             threshold=self.options.threshold,
             num_steps=self.num_steps,
+            timesteps=self._timesteps,
             model=self.sites.model,
             paths=tuple(s.path for s in self.sites.sublayers),
         )
         return made if self.options.share is None else made.with_share(self.options.share)
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def train(
@@ -287,6 +303,10 @@ def train(
     Raises:
         DiffusionError: nothing to resume, or see `RouterTrainer`.
     """
+    if out.suffix != ".safetensors":
+        raise DiffusionError(
+            f"{out} came; the router's file has to end in .safetensors, its picture gets .png"
+        )
     trainer = RouterTrainer(pipe, runs, options)
     checkpoint = out.with_suffix(".checkpoint.pt")
     if resume:

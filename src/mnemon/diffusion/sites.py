@@ -341,7 +341,9 @@ def _blocks(
                 path=f"{path}.{child}",
                 kind=kind,
                 block=index,
-                per_token=per_token and kind == "mlp",
+                per_token=per_token
+                and kind == "mlp"
+                and not getattr(children[child], "needs_batch", False),
             )
             for child, kind in names.items()
             if child in children

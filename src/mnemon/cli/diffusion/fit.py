@@ -66,7 +66,7 @@ def command(
             f"--compute {compute} of {steps} steps came; fewer than --steps are computed, or "
             "nothing is saved"
         )
-    target = Path(f"plan-{steps}-{compute}.safetensors") if out is None else out
+    target = Path(f"plan-{steps}-{compute}.safetensors") if out is None else out.expanduser()
 
     from mnemon.cli.diffusion.sources import check_file, load
 
@@ -113,7 +113,7 @@ def _search(
     from mnemon.cli.diffusion.progress import bar
     from mnemon.cli.diffusion.quiet import quiet_diffusers
     from mnemon.cli.diffusion.settings import uncached
-    from mnemon.diffusion.fitting import Fitter
+    from mnemon.diffusion.fitting import Fitter, profiles
 
     task = Task(
         steps=steps, samples=samples, batch=samples, guidance=guidance, seed=_CALIBRATION_SEED
@@ -125,11 +125,10 @@ def _search(
 
     best: Plan | None = None
     tried, first = 0, float("nan")
-    most = 1 + rounds * 2 * compute + 1
+    most = 1 + len(profiles(steps, compute)) + rounds * 2 * compute
     with quiet_diffusers(), bar("fit", most, quiet=quiet) as progress:
         progress("the uncached images")
         fitter = Fitter(loaded.pipe, run, history=history)
-        progress("evenly spread steps")
         for plan, better in fitter.search(compute, rounds=rounds):
             tried += 1
             if better:

@@ -48,6 +48,9 @@ class MoELayer(nn.Module, ABC):
 
     kind: ClassVar[str]
 
+    # Which expert takes a token depends on the others: a cache must not run it on some of them.
+    needs_batch: ClassVar[bool] = True
+
     def __init__(self, experts: Experts, *, capacity: float = 1.0) -> None:
         super().__init__()
         if not 0 < capacity <= experts.num_experts:

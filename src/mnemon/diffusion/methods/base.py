@@ -79,6 +79,7 @@ class Method(abc.ABC):
     """A caching method's settings: a frozen dataclass whose fields are its options."""
 
     name: ClassVar[str]
+    made_for_one: ClassVar[bool] = False  # of its options, one was made from a single model
 
     @property
     @abc.abstractmethod
@@ -101,6 +102,13 @@ class Method(abc.ABC):
         """The options, by name."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every method is one
         return {field.name: getattr(self, field.name) for field in fields}
+
+    def check_sampler(self, name: str) -> None:  # noqa: B027  # most do not care
+        """Refuses a scheduler, by the name of its class; asked where one is known.
+
+        Raises:
+            DiffusionError: says why.
+        """
 
     def check(self, sites: Sites) -> None:  # noqa: B027  # most fit every model
         """Refuses a model that it cannot serve.

@@ -21,6 +21,7 @@ of constant ones.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from mnemon.diffusion.clock import Step
 from mnemon.diffusion.hidden import BlockCall
 from mnemon.diffusion.methods.base import Level, Method, Session
 from mnemon.diffusion.outputs import Output, answer_of, with_answer
-from mnemon.diffusion.router import read_tensors, write_tensors
+from mnemon.diffusion.router import place_of, read_tensors, write_tensors
 from mnemon.diffusion.sites import Sites
 from mnemon.errors import DiffusionError
 
@@ -62,6 +63,11 @@ class History:
         self._same = entered.shape == left.shape  # else text joined it on the way
         self._entered = [entered, *self._entered][: self._length]
         self._left = [left, *self._left][: self._length]
+
+    @property
+    def empty(self) -> bool:
+        """No step was computed yet."""
+        return not self._left
 
     @property
     def latest(self) -> Tensor:
@@ -116,6 +122,8 @@ class Plan:
         history: computed steps that a prediction looks back on.
         model: the class of the transformer.
         num_blocks: of that transformer.
+        timesteps: of the runs that it was fitted on, as the model is told them.
+        sampler: the class of their scheduler; "" if it was not known.
         psnr: in dB, what the fit reached on its own runs.
     """
 
@@ -125,6 +133,8 @@ class Plan:
     history: int
     model: str
     num_blocks: int
+    timesteps: tuple[float, ...]
+    sampler: str = ""
     psnr: float = float("nan")
 
     def __post_init__(self) -> None:
@@ -133,6 +143,10 @@ class Plan:
             raise DiffusionError(
                 f"weights of shape {tuple(self.weights.shape)} came; {len(self.computed)} steps "
                 f"and a history of {self.history} need {expected} and the channels"
+            )
+        if len(self.timesteps) != len(self.computed):
+            raise DiffusionError(
+                f"{len(self.timesteps)} timesteps came for {len(self.computed)} steps"
             )
         if not self.computed or not self.computed[0]:
             raise DiffusionError("a plan has to compute its first step; this one does not")
@@ -162,7 +176,9 @@ class Plan:
                 "history": self.history,
                 "model": self.model,
                 "num_blocks": self.num_blocks,
-                "psnr": self.psnr,
+                "timesteps": list(self.timesteps),
+                "sampler": self.sampler,
+                "psnr": self.psnr if math.isfinite(self.psnr) else None,
             },
         )
 
@@ -174,22 +190,16 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         DiffusionError: no plan is there, or not a whole one.
     """
     found, fields = read_tensors(path, kind="fitted-plan", names=("weights", "corrections"))
-    try:
-        return Plan(
-            computed=tuple(map(bool, fields["computed"])),
-            weights=found["weights"].float(),
-            corrections=found["corrections"].float(),
-            history=int(fields["history"]),
-            model=str(fields["model"]),
-            num_blocks=int(fields["num_blocks"]),
-            psnr=float(fields["psnr"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DiffusionError):
-            raise DiffusionError(f"{os.fspath(path)}: {error}") from None
-        raise DiffusionError(
-            f"{os.fspath(path)}: its description lacks or garbles {error}; fit it again"
-        ) from None
+    return Plan(
+        computed=tuple(bool(flag) for flag in fields.numbers("computed")),
+        weights=found["weights"].float(),
+        corrections=found["corrections"].float(),
+        history=fields.whole("history"),
+        model=fields.text("model"),
+        num_blocks=fields.whole("num_blocks"),
+        timesteps=fields.numbers("timesteps"),
+        sampler=fields.text("sampler"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +211,7 @@ class Fitted(Method):
     """
 
     name: ClassVar[str] = "fitted"
+    made_for_one: ClassVar[bool] = True
     plan: Plan | str | os.PathLike[str]
 
     def __post_init__(self) -> None:
@@ -222,6 +233,13 @@ class Fitted(Method):
             raise DiffusionError(
                 f"the plan is of a {plan.model} with {plan.num_blocks} blocks, this is a "
                 f"{sites.model} with {len(sites.blocks)}; fit one for it"
+            )
+
+    def check_sampler(self, name: str) -> None:
+        made = self._plan.sampler
+        if made and name != made:
+            raise DiffusionError(
+                f"the plan was fitted for {made}, the pipeline has {name}; fit a plan for it"
             )
 
     def session(self, sites: Sites, model: nn.Module) -> Session:
@@ -306,17 +324,18 @@ class _FittedSession(OutputSession):
 
     def begin(self, step: Step) -> None:
         plan = self._plan
-        total = len(plan.computed)
-        if step.index >= total or (step.told and step.total != total):
-            came = step.total if step.told else f"more than {total}"
+        total, place = len(plan.computed), place_of(step.timestep, plan.timesteps, "plan")
+        coming = place + 1 + step.left
+        if step.told and coming != total:
             raise DiffusionError(
-                f"the plan was fitted for {total} steps, this run has {came}; run that many, or "
+                f"the plan was fitted for {total} steps, this run has {coming}; run that many, or "
                 "fit a plan for this number"
             )
-        self.skipping = not plan.computed[step.index]
+        # A run that begins in the middle, or changes its batch there, has nothing to predict from.
+        self.skipping = not plan.computed[place] and not self.history.empty
         self.computed = [0.0 if self.skipping else 1.0] * len(self.computed)
-        self._weights = plan.weights[step.index] if self.skipping else None
-        self._factors = self._corrections[step.index]
+        self._weights = plan.weights[place] if self.skipping else None
+        self._factors = self._corrections[place]
 
     def predict(self, entered: Tensor) -> Tensor:
         assert self._weights is not None

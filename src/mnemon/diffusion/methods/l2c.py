@@ -13,7 +13,7 @@ from mnemon.diffusion.clock import Step
 from mnemon.diffusion.methods.base import Level, Method, Session
 from mnemon.diffusion.methods.options import between
 from mnemon.diffusion.outputs import Output
-from mnemon.diffusion.router import Router, load_router
+from mnemon.diffusion.router import Router, load_router, place_of
 from mnemon.diffusion.sites import Sites
 from mnemon.errors import DiffusionError
 
@@ -36,6 +36,7 @@ class L2C(Method):
     """
 
     name: ClassVar[str] = "l2c"
+    made_for_one: ClassVar[bool] = True
     router: Router | str | os.PathLike[str]
     threshold: float | None = None
 
@@ -65,26 +66,41 @@ class L2C(Method):
 class _L2CSession(Session):
     def __init__(self, sites: Sites, router: Router, computes: list[list[bool]]) -> None:
         super().__init__(sites)
-        self._num_steps, self._rows = router.num_steps, computes
+        self._num_steps, self._timesteps = router.num_steps, router.timesteps
+        self._rows = computes
+        self._last_full = -2
         self._reuse = [False] * len(sites.sublayers)
         self._full = True
         self._kept: list[Output | None] = [None] * len(sites.sublayers)
 
     def begin(self, step: Step) -> None:
-        wrong = step.told and step.total != self._num_steps
-        if wrong or step.index >= self._num_steps:
-            came = step.total if step.told else f"more than {self._num_steps}"
-            raise DiffusionError(
-                f"the router was trained for {self._num_steps} steps, this run has {came}; "
-                "run that many, or train a router for this number"
-            )
-        self._full = step.index % 2 == 0
-        row = step.index // 2
+        place = self._place(step)
+        # A cache step stands on the full step just before it: one that a run begins with has none.
+        self._full = place % 2 == 0 or self._last_full != place - 1
+        row = place // 2
         if self._full or row >= len(self._rows):
             self._reuse = [False] * len(self._reuse)
         else:
             self._reuse = [not computes for computes in self._rows[row]]
+        if self._full:
+            self._last_full = place
         self.computed = [0.0 if reuse else 1.0 for reuse in self._reuse]
+
+    def _place(self, step: Step) -> int:
+        if self._timesteps:
+            place = place_of(step.timestep, self._timesteps, "router")
+            total = place + 1 + step.left
+            wrong = step.told and total != self._num_steps
+        else:
+            place = step.index
+            total = step.total or step.index + 1
+            wrong = place >= self._num_steps or (step.told and total != self._num_steps)
+        if wrong:
+            raise DiffusionError(
+                f"the router was trained for {self._num_steps} steps, this run has {total}; run "
+                "that many, or train a router for this number"
+            )
+        return place
 
     def sublayer(
         self, index: int, original: Callable[..., Output], args: tuple[Any, ...], kwargs: Any

@@ -59,13 +59,18 @@ def make_method(method: str | Method, **options: Any) -> Method:
         raise DiffusionError(
             f"{kind.name} has no option {unknown[0]!r}; it has {', '.join(names) or 'none'}"
         )
-    try:
-        return kind(**given)
-    except TypeError as error:  # an option without a default is missing
-        raise DiffusionError(f"{kind.name}: {error}; it has {', '.join(names)}") from None
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]  # type: ignore[arg-type]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise DiffusionError(
+            f"{kind.name} needs {missing[0]}, as in '{kind.name}({missing[0]}=FILE)'"
+        )
+    return kind(**given)
 
 
 def _value(text: str) -> Any:
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
     for read in (int, float):
         try:
             return read(text)

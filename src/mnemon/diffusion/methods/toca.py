@@ -233,7 +233,13 @@ class _TokenSession(Session):
 
     def _base_scores(self, index: int, hidden: Tensor) -> Tensor:
         if self._method.score != "random":
-            return self._scores[index]
+            found = self._scores.get(index)
+            if found is None:
+                raise DiffusionError(
+                    f"the values of the tokens of {self.sites.sublayers[index].path} were never "
+                    "seen (are projections fused?); use score='random', or unfuse them"
+                )
+            return found
         # On the CPU and from numbers that all branches share: they choose alike, on any device.
         seed = (self._method.seed * 1_000_003 + self._step.index) * 1_009 + index
         drawn = torch.rand(1, hidden.shape[1], generator=torch.Generator().manual_seed(seed))
