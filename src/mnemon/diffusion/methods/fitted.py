@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from mnemon.diffusion.clock import Step
 from mnemon.diffusion.hidden import BlockCall
 from mnemon.diffusion.methods.base import Level, Method, Session
+from mnemon.diffusion.methods.skipping import missing_blocks
 from mnemon.diffusion.outputs import Output, answer_of, with_answer
 from mnemon.diffusion.router import place_of, read_tensors, write_tensors
 from mnemon.diffusion.sites import Sites
@@ -275,7 +276,8 @@ class OutputSession(Session):
         if index == 0:
             self._entered = call.inputs[self._streams[0]]
         entered, stream = self._entered, self._streams[-1]
-        assert entered is not None
+        if entered is None:
+            raise missing_blocks(self.sites)
         if self.skipping:
             self.ran[index] = 0.0
             if index < self._last:

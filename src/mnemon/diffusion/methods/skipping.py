@@ -14,7 +14,15 @@ from mnemon.diffusion.outputs import Output
 from mnemon.diffusion.sites import Sites
 from mnemon.errors import DiffusionError
 
-__all__ = ["Hidden", "Stretch", "StretchSession", "add", "residual", "stretches"]
+__all__ = [
+    "Hidden",
+    "Stretch",
+    "StretchSession",
+    "add",
+    "missing_blocks",
+    "residual",
+    "stretches",
+]
 
 Hidden = tuple[Tensor | None, ...]
 
@@ -51,6 +59,14 @@ def stretches(sites: Sites, *, front: int = 0, back: int = 0) -> list[Stretch]:
             f"{sites.model} has {len(sites.blocks)} blocks: none could ever be left out"
         )
     return found
+
+
+def missing_blocks(sites: Sites) -> DiffusionError:
+    """What to say where a stretch of blocks is not run from its first one on."""
+    return DiffusionError(
+        f"blocks of {sites.model} are missing from this call (skip_layers?); this method stands "
+        "for whole stretches of them, use one at the level of sublayers"
+    )
 
 
 def residual(entered: Hidden, left: Hidden) -> Hidden:
@@ -101,6 +117,8 @@ class StretchSession(Session):
         if index == part.first:
             part.entered = call.inputs
         if self.skipping:
+            if not part.entered:
+                raise missing_blocks(self.sites)
             self.ran[index] = 0.0
             if index != part.last:
                 return call.hand_on()
@@ -109,6 +127,8 @@ class StretchSession(Session):
             return call.hand_on(replaced)
         output = self.run(index, call)
         if index == part.last:
+            if not part.entered:
+                raise missing_blocks(self.sites)
             self.learn(part, call.parts(output))
             part.entered = ()
         return output
