@@ -15,7 +15,7 @@ WORKERS = -n $(THREADS) --dist loadgroup
 OTHERS := 4.57 5.14
 OTHER_STAMPS := $(OTHERS:%=.venv-%/.mnemon-ready)
 
-.PHONY: setup demo test test-all test-exports test-matrix test-oldest sanitize surface lint types imports check \
+.PHONY: setup demo demo-diffusion test test-all test-exports test-matrix test-oldest sanitize surface lint types imports check \
 	clean
 
 setup: $(STAMP)
@@ -26,6 +26,10 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh $(NATIVE)
 
 demo: setup
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/mnemon demo --out report
+
+# Caching between denoising steps, on the bundled DiT: a minute.
+demo-diffusion: setup
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/mnemon diffusion demo --out report
 
 test: setup
 	$(BIN)/python -m pytest $(WORKERS) -m "not matrix and not slow and not exports" tests/matrix tests
