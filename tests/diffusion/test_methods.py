@@ -534,7 +534,7 @@ def test_foreign_files(tmp_path: Path) -> None:
         (scores, right | {"fields": "{"}, "damaged"),
         (scores, right | {"fields": "[]"}, "damaged"),
         (scores, {"format": right["format"]}, "damaged"),
-        (scores, right | {"fields": "{}"}, "lacks or garbles"),
+        (scores, right | {"fields": "{}"}, "should be"),
         (scores, right | {"fields": json.dumps(good | {"num_steps": "x"})}, "garbles"),
         (scores, right | {"fields": json.dumps(good | {"paths": None})}, "garbles"),
         (scores, right | {"fields": json.dumps(good | {"num_steps": 8})}, "8 steps and 6 subl"),

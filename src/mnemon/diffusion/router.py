@@ -69,6 +69,10 @@ class Fields:
         """A finite number."""
         return float(self._get(name, _is_number, "a finite number"))
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a field."""
+        return name in self._fields
+
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of finite numbers."""
         good = self._get(
@@ -205,7 +209,7 @@ def load_router(path: str | os.PathLike[str]) -> Router:
         scores=found["scores"].float(),
         threshold=fields.number("threshold"),
         num_steps=fields.whole("num_steps"),
-        timesteps=fields.numbers("timesteps"),
+        timesteps=fields.numbers("timesteps") if fields.has("timesteps") else (),
         model=fields.text("model"),
         paths=fields.texts("paths"),
     )

@@ -96,8 +96,9 @@ class _L2CSession(Session):
             total = step.total or step.index + 1
             wrong = place >= self._num_steps or (step.told and total != self._num_steps)
         if wrong:
+            came = total if step.told else f"more than {self._num_steps}"
             raise DiffusionError(
-                f"the router was trained for {self._num_steps} steps, this run has {total}; run "
+                f"the router was trained for {self._num_steps} steps, this run has {came}; run "
                 "that many, or train a router for this number"
             )
         return place
