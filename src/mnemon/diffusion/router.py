@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ class Fields:
     def number(self, name: str) -> float:
         """A finite number."""
         return float(self._get(name, _is_number, "a finite number"))
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Puts the path before the message of an error, unless it is there already."""
+        try:
+            yield
+        except DiffusionError as error:
+            if str(error).startswith(self._path):
+                raise
+            raise DiffusionError(f"{self._path}: {error}") from None
 
     def has(self, name: str) -> bool:
         """Whether there is such a field."""
@@ -205,14 +216,15 @@ def load_router(path: str | os.PathLike[str]) -> Router:
         DiffusionError: no router is there, or not a whole one.
     """
     found, fields = read_tensors(path, kind="l2c-router", names=("scores",))
-    return Router(
-        scores=found["scores"].float(),
-        threshold=fields.number("threshold"),
-        num_steps=fields.whole("num_steps"),
-        timesteps=fields.numbers("timesteps") if fields.has("timesteps") else (),
-        model=fields.text("model"),
-        paths=fields.texts("paths"),
-    )
+    with fields.naming():
+        return Router(
+            scores=found["scores"].float(),
+            threshold=fields.number("threshold"),
+            num_steps=fields.whole("num_steps"),
+            timesteps=fields.numbers("timesteps") if fields.has("timesteps") else (),
+            model=fields.text("model"),
+            paths=fields.texts("paths"),
+        )
 
 
 def write_tensors(

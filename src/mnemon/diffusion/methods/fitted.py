@@ -191,16 +191,17 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         DiffusionError: no plan is there, or not a whole one.
     """
     found, fields = read_tensors(path, kind="fitted-plan", names=("weights", "corrections"))
-    return Plan(
-        computed=tuple(bool(flag) for flag in fields.numbers("computed")),
-        weights=found["weights"].float(),
-        corrections=found["corrections"].float(),
-        history=fields.whole("history"),
-        model=fields.text("model"),
-        num_blocks=fields.whole("num_blocks"),
-        timesteps=fields.numbers("timesteps"),
-        sampler=fields.text("sampler"),
-    )
+    with fields.naming():
+        return Plan(
+            computed=tuple(bool(flag) for flag in fields.numbers("computed")),
+            weights=found["weights"].float(),
+            corrections=found["corrections"].float(),
+            history=fields.whole("history"),
+            model=fields.text("model"),
+            num_blocks=fields.whole("num_blocks"),
+            timesteps=fields.numbers("timesteps"),
+            sampler=fields.text("sampler"),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
