@@ -80,7 +80,7 @@ def test_time_that_rises(told: str) -> None:
             if told == "inversion":
                 times.reverse()
                 for listener in scheduler.set_timesteps.listeners:  # type: ignore[attr-defined]
-                    listener.clock.announce(times)
+                    listener("DDIMInverseScheduler", times)
             for time in times:
                 call(model, {"1-t": 1 - time / 1000, "(1000-t)": 1000 - time}.get(told, time))
         report = attached.report()
@@ -199,3 +199,21 @@ def test_files_that_lie(kind: str, change: dict[str, Any], tmp_path: Path) -> No
     save_file(tensors, path, {"format": f"mnemon-{kind}", "fields": json.dumps(good)})
     with pytest.raises(DiffusionError, match="complex64"):
         read(path)
+
+
+def test_the_next_run_has_the_other_branch_first() -> None:
+    """What a branch of the run before was told says nothing about this one."""
+    free, wanted = torch.tensor([1000, 1000]), LABELS
+    fresh, model = tiny_dit(), tiny_dit()
+
+    def run(of: Any, *branches: Tensor) -> list[Tensor]:
+        return [call(of, time, labels) for time in (900, 800, 700) for labels in branches]
+
+    with attach(fresh, "interval(interval=3)") as attached:
+        expected = run(fresh, free, wanted)
+    with attach(model, "interval(interval=3)") as attached:
+        run(model, wanted, free)
+        attached.clear_report()
+        found = run(model, free, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert attached.report().computed_share == pytest.approx(1 / 3)

@@ -5,7 +5,8 @@
         images = pipe(...).images
     print(cached.report())
 
-- `attachment`, `patching`: a method on one model; `clock`: runs, steps and guidance branches
+- `attachment`, `attached`, `patching`: a method on one model; `clock`, `listening`: runs, steps and
+  guidance branches
 - `sites`: where in which model; `hidden`, `outputs`: what passes there
 - `methods`: one file each; `router`: a learned schedule as a file
 - `macs`, `report`: what it saved

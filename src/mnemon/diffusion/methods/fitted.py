@@ -20,6 +20,7 @@ of constant ones.
 
 from __future__ import annotations
 
+import abc
 import itertools
 import math
 import os
@@ -264,9 +265,9 @@ class OutputSession(Session):
         self._streams = [s.returns.index("hidden_states") for s in sites.stacks]
         self._last = len(sites.blocks) - 1
 
+    @abc.abstractmethod
     def predict(self, entered: Tensor) -> Tensor:
         """What the last block would return, given what entered the first."""
-        raise NotImplementedError
 
     def learn(self, entered: Tensor, left: Tensor) -> Tensor:
         """All blocks were computed; what is handed on."""
