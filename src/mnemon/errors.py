@@ -20,6 +20,7 @@ MnemonError
 ├── PlanError               a config whose cache cannot be computed in advance
 ├── DiffusionError          a denoising cache that cannot be attached, or not with these options
 │   └── NoSites             a model in which nothing is found to attach a cache to
+├── LearnedMemoryError      a model that cannot take a learned memory, or one that does not fit it
 ├── ExportError             a model that cannot be exported, or an export that cannot be used
 ├── MigrateError            code that cannot be migrated: a path, a target, a file
 ├── ZooError                the bundled model, its data or its training
@@ -36,6 +37,7 @@ __all__ = [
     "DiskFull",
     "ExportError",
     "FileError",
+    "LearnedMemoryError",
     "MigrateError",
     "MnemonError",
     "ModelError",
@@ -134,6 +136,10 @@ class DiffusionError(MnemonError, ValueError):
 
 class NoSites(DiffusionError):
     """A model has none of the blocks and sublayers that caching inside it attaches to."""
+
+
+class LearnedMemoryError(MnemonError, ValueError):
+    """A model cannot take a learned memory (GRC, DMC, DMS), or what was saved does not fit it."""
 
 
 class ZooError(MnemonError, RuntimeError):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mnemon.compression import Compression, compression_of
 from mnemon.errors import ModelError, NotServed
 from mnemon.hf.names import PreTrainedConfig
 from mnemon.hf.versions import current
@@ -24,6 +25,7 @@ class LayerSpec:
             types that only that model knows.
         foreign_static: the same with room for so many tokens; None where that model has none.
         counts_keys: the model's attention takes every key it is handed for a real one.
+        compression: the model decides which tokens stay (a retrofitted model).
     """
 
     attends: bool = True
@@ -33,6 +35,7 @@ class LayerSpec:
     foreign: Callable[[], Any] | None = None
     foreign_static: Callable[[int], Any] | None = None
     counts_keys: bool = False
+    compression: Compression | None = None
 
     @property
     def keeps_nothing(self) -> bool:
@@ -78,8 +81,10 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
     # Of a multimodal model it is the whole that counts keys (PaliGemma), not its decoder alone.
     types = {str(config.model_type), str(decoder.model_type)}
     grows_only = not types.isdisjoint(current.GROW_ONLY)
+    compression = compression_of(decoder)
     return [
-        replace(_spec(name, options, decoder), counts_keys=grows_only) for name, options in found
+        replace(_spec(name, options, decoder), counts_keys=grows_only, compression=compression)
+        for name, options in found
     ]
 
 

@@ -4,11 +4,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from mnemon.compression import Compression
 from mnemon.errors import RecipeError
 from mnemon.hf.kinds import LayerSpec
 from mnemon.layers.base import CacheLayer, LayerState
 from mnemon.layers.cross import CrossLayer
 from mnemon.layers.dense import DenseLayer
+from mnemon.layers.dmc import DMCLayer
+from mnemon.layers.dms import DMSLayer
 from mnemon.layers.foreign import ForeignLayer
 from mnemon.layers.hybrid import HybridLayer
 from mnemon.layers.indexer import IndexerLayer
@@ -26,6 +29,8 @@ from mnemon.recipe import Recipe
 __all__ = [
     "CacheLayer",
     "CrossLayer",
+    "DMCLayer",
+    "DMSLayer",
     "DenseLayer",
     "ForeignLayer",
     "HybridLayer",
@@ -105,6 +110,8 @@ def _foreign(
 
 
 def _attention(spec: LayerSpec, recipe: Recipe, tiering: Tiering | None) -> CacheLayer:
+    if spec.compression is not None:
+        return _compressing(spec, spec.compression, recipe)
     if tiering is not None and spec.window is None:
         return tiering.layer()
     max_tokens, form = recipe.static_tokens, recipe.packed
@@ -117,3 +124,15 @@ def _attention(spec: LayerSpec, recipe: Recipe, tiering: Tiering | None) -> Cach
     if spec.window >= max_tokens:
         return StaticLayer(max_tokens, is_sliding=True)
     return StaticWindowLayer(spec.window)
+
+
+def _compressing(spec: LayerSpec, compression: Compression, recipe: Recipe) -> CacheLayer:
+    """A layer of a retrofitted model, which refuses tokens that nothing was decided about."""
+    if str(recipe) != "dense":
+        raise RecipeError(
+            f"{recipe} does not fit a model that was retrofitted with {compression.method}: its "
+            f"layers keep the model's dtype. Use the default recipe."
+        )
+    if compression.method == "dmc":
+        return DMCLayer(compression.window, sliding=spec.window, strict=True)
+    return DMSLayer(compression.window, sliding=spec.window, strict=True)

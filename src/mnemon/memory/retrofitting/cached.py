@@ -1,0 +1,192 @@
+"""Attention of a retrofitted module through its cache layer: prompts in pieces, then single tokens.
+
+A piece sees the slots that were there before it, and itself under the mask that training used; it
+is stored afterwards. A single token is stored first and then sees every live slot.
+"""
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from mnemon.attention import cpu
+from mnemon.attention.dispatch import attend
+from mnemon.errors import LearnedMemoryError
+from mnemon.hf import compressing as hf
+from mnemon.layers.compressing import Call, CompressingLayer
+from mnemon.layers.dmc import DMCLayer
+from mnemon.memory.retrofitting.control import Control
+from mnemon.memory.retrofitting.parallel import drop_scores, pool, shift_left
+from mnemon.memory.retrofitting.parts import Decided, first_tokens, place, valid_tokens
+
+__all__ = ["attend_cached"]
+
+_PIECE_TOKENS = 256
+_PIECE_SCORES = 1 << 24  # numbers of a piece's mask, at most
+
+
+def attend_cached(
+    module: nn.Module,
+    control: Control,
+    layer: CompressingLayer,
+    decided: Decided,
+    position_embeddings: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+) -> Tensor:
+    """What the queries of one call read, [batch, heads, new, head_dim]; the call is stored.
+
+    No gradient flows: a backward pass through it raises `LearnedMemoryError`.
+    """
+    tracked = torch.is_grad_enabled() and decided.query.requires_grad
+    with torch.no_grad():
+        out = _attend(module, control, layer, decided, position_embeddings, mask)
+    if not tracked:
+        return out
+    passed: Tensor = _NoGradient.apply(out, decided.query)  # type: ignore[no-untyped-call]
+    return passed
+
+
+def _attend(
+    module: nn.Module,
+    control: Control,
+    layer: CompressingLayer,
+    decided: Decided,
+    position_embeddings: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+) -> Tensor:
+    compression, logits = control.compression, decided.logits
+    num_new = logits.shape[-1]
+    # Padding is on the left: once every row has begun, a single token is never padding.
+    begun = layer.num_tokens > 0 and layer.unstarted() is None
+    valid = None if num_new == 1 and begun else valid_tokens(hf.as_seen(mask), num_new)
+    decisions = logits > 0
+    if not begun:
+        first = first_tokens(valid, logits)
+        rows = layer.unstarted()
+        decisions = decisions & ~(first if rows is None else first & rows[:, None, None])
+    control.record(int(module.layer_idx), decisions.to(logits.dtype))  # type: ignore[arg-type]
+    keys, values, raw = decided.keys, decided.values, None
+    if isinstance(layer, DMCLayer):
+        keys, values, raw = _pooled(layer, decided, decisions, valid)
+    query, keys = place(module, compression, decided.query, keys, position_embeddings)
+    call = Call(keys, values.to(query.dtype), decisions, valid, raw)
+    scale = float(module.scaling)  # type: ignore[arg-type]
+    if num_new == 1 and valid is None:
+        layer.store(call)
+        return _attend_one(layer, query, scale)
+    window = 0 if compression.method == "dmc" else compression.window
+    outs, start = [], 0
+    while start < num_new:
+        room = _PIECE_SCORES // max(1, query.shape[0] * query.shape[1] * (start + _PIECE_TOKENS))
+        stop = min(num_new, start + max(32, min(_PIECE_TOKENS, room)))
+        piece = _cut(call, start, stop)
+        outs.append(_attend_piece(layer, query[:, :, start:stop], piece, window, scale))
+        layer.store(piece)
+        start = stop
+    return torch.cat(outs, dim=2)
+
+
+def _cut(call: Call, start: int, stop: int) -> Call:
+    parts = (call.keys, call.values, call.decisions)
+    keys, values, decisions = (part[:, :, start:stop] for part in parts)
+    valid = None if call.valid is None else call.valid[:, start:stop]
+    if valid is not None and bool(valid.all()):
+        valid = None
+    raw = None if call.raw is None else call.raw[:, :, start:stop]
+    return Call(keys, values, decisions, valid, raw)
+
+
+def _pooled(
+    layer: DMCLayer, decided: Decided, merged: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DMC: the means of segments that may begin before this call, and the raw numbers of it."""
+    weights = decided.weights
+    assert weights is not None
+    dtype = weights.dtype
+    if valid is not None:
+        weights = weights * valid[:, None]
+    num_new, key_width = decided.keys.shape[2], decided.keys.shape[3]
+    beside = torch.stack([weights, merged.to(dtype)], dim=-1)
+    raw = torch.cat([decided.keys.to(dtype), decided.values.to(dtype), beside], dim=-1)
+    whole = raw
+    if layer.carry.numel():
+        if layer.carry.shape[0] != raw.shape[0] and layer.batch_size == 1:
+            layer.repeat(raw.shape[0])
+        whole = torch.cat([layer.carry.to(dtype), raw], dim=2)
+    pair, weights, joined = whole[..., :-2], whole[..., -2], whole[..., -1]
+    if num_new == 1:
+        means = _newest_mean(pair, weights, joined)
+    else:
+        means = pool(pair, weights, joined, layer.window)[:, :, -num_new:]
+    return means[..., :key_width], means[..., key_width:], raw
+
+
+def _newest_mean(x: Tensor, weights: Tensor, merged: Tensor) -> Tensor:
+    """`pool` for the newest token alone, [batch, kv_heads, 1, width]."""
+    newest = x[:, :, -1:]
+    reach = merged[..., 1:].flip(-1).cumprod(-1).flip(-1)
+    share = reach * weights[..., :-1]
+    total = (share.sum(-1) + weights[..., -1]).clamp(min=torch.finfo(weights.dtype).tiny)
+    pulled = share[..., None, :] @ (x[:, :, :-1] - newest)
+    return newest + pulled / total[..., None, None]
+
+
+def _attend_one(layer: CompressingLayer, query: Tensor, scale: float) -> Tensor:
+    """One query over all live slots, its own among them."""
+    slots = layer.slots
+    lengths, longest = slots.lengths, slots.bound
+    keys, values = slots.parts[0][:, :, :longest], slots.parts[1][:, :, :longest]
+    seen = layer.visible()
+    group = query.shape[1] // keys.shape[1]
+    if query.device.type == "cpu" and seen is None and cpu.serves(query, keys, values):
+        return cpu.decode(query, keys, values, scale=scale, lengths=lengths)
+    if seen is None:
+        seen = slots.live()
+    keys, values = keys[:, :, : seen.shape[-1]], values[:, :, : seen.shape[-1]]
+    mask = seen.repeat_interleave(group, dim=1)[:, :, None]
+    return attend(query, keys, values, mask=mask, scale=scale)
+
+
+def _attend_piece(
+    layer: CompressingLayer, query: Tensor, call: Call, window: int, scale: float
+) -> Tensor:
+    """The queries of a piece over the slots before it and over the piece itself."""
+    keys, values = call.keys, call.values
+    num_new = keys.shape[2]
+    group = query.shape[1] // keys.shape[1]
+    kept = torch.zeros(call.decisions.shape, dtype=query.dtype, device=query.device)
+    kept = kept.masked_fill(shift_left(call.decisions), -torch.inf)
+    seen = drop_scores(kept, window, num_new, layer.sliding) == 0
+    if call.valid is not None:
+        seen = seen & call.valid[:, None, None]
+    past = layer.past(call)
+    if past is not None:
+        before = past.seen.expand(*past.seen.shape[:2], num_new, -1)
+        seen = torch.cat([before, seen.expand(*before.shape[:2], -1, -1)], dim=-1)
+        keys = torch.cat([past.keys, keys.to(past.keys.dtype)], dim=2)
+        values = torch.cat([past.values, values.to(past.values.dtype)], dim=2)
+    mask = seen.repeat_interleave(group, dim=1)
+    if (
+        past is None
+        and not bool(call.decisions.any())
+        and call.valid is None
+        and (layer.sliding is None)
+    ):
+        return attend(query, keys, values, scale=scale, causal=True)
+    return attend(query, keys, values, mask=mask, scale=scale).nan_to_num(0.0)
+
+
+@final
+class _NoGradient(torch.autograd.Function):
+    """Passes numbers on and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise LearnedMemoryError(
+            "No gradient flows through a compressed cache: train without one (use_cache=False), "
+            "and evaluate under torch.no_grad()."
+        )
