@@ -24,6 +24,7 @@ __all__ = [
     "decode_part",
     "instruction_sets",
     "is_built",
+    "native",
     "pack",
     "release_scratch",
     "serves",
@@ -66,6 +67,13 @@ def _module() -> ModuleType | None:
 def is_built() -> bool:
     """Whether the extension is there; warns once if it is not."""
     return _module() is not None
+
+
+def native() -> ModuleType:
+    """The extension; ask `is_built` first."""
+    module = _module()
+    assert module is not None, "ask `is_built` first"
+    return module
 
 
 def instruction_sets() -> list[str]:

@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What new queries read of the slots that were there before them.
+    """Some of the slots that were there before new queries, which may read them.
 
     Attributes:
         keys: [batch, kv_heads, slots, head_dim].
@@ -103,8 +103,8 @@ class CompressingLayer(CacheLayer):
     def _store(self, call: Call) -> None: ...
 
     @abstractmethod
-    def past(self, call: Call) -> Past | None:
-        """What the queries of `call`, which is not stored yet, see of the slots; None if empty."""
+    def past(self, call: Call) -> list[Past]:
+        """What the queries of `call`, which is not stored yet, see of the slots, in parts."""
 
     @abstractmethod
     def visible(self) -> Tensor | None:
@@ -349,11 +349,13 @@ class CompressingLayer(CacheLayer):
 
     def fork(self) -> Self:
         other = self._empty()
-        other.slots = self.slots.fork()
-        other._seen, other._count = self._seen, self._count.clone()
+        # Outside inference mode, as everything that is written in place later.
+        with torch.inference_mode(False), torch.no_grad():
+            other.slots = self.slots.fork()
+            other._seen, other._count = self._seen, self._count.clone()
+            other._copy(self)
         other._started = self._started
         other._recording, other._records_last = self._recording, self._records_last
-        other._copy(self)
         return other
 
     @abstractmethod

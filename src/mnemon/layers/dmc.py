@@ -58,9 +58,18 @@ class DMCLayer(CompressingLayer):
                 size = (*raw.shape[:2], self.window - 1, raw.shape[3])
                 self.carry = raw.new_zeros(size)
             self.carry = torch.cat([self.carry, raw], dim=2)[:, :, num_new:]
-        if not num_new:
-            return
-        slots = self.slots
+        if num_new == 1 and valid is None and self.slots.write_token(
+            self._count, keys, values, merged
+        ):
+            pass
+        elif num_new:
+            self._write(call)
+        if self.sliding is not None:
+            self._drop_unseen()
+
+    def _write(self, call: Call) -> None:
+        keys, values, merged, valid, _ = call
+        num_new, slots = keys.shape[2], self.slots
         heads = keys.shape[1]
         lengths = slots.lengths.to(torch.int64)
         opens = ~merged if valid is None else ~merged & valid[:, None]
@@ -82,8 +91,6 @@ class DMCLayer(CompressingLayer):
         slots.write(target, *new)
         slots.lengths += opens.sum(-1)
         self._count = self._count + valid_count
-        if self.sliding is not None:
-            self._drop_unseen()
 
     def _drop_unseen(self) -> None:
         """Let slots go that the newest token no longer sees, once they are half of all."""
@@ -101,10 +108,10 @@ class DMCLayer(CompressingLayer):
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def past(self, call: Call) -> Past | None:
+    def past(self, call: Call) -> list[Past]:
         slots = self.slots
         if slots.is_empty or not self._seen:
-            return None
+            return []
         live = slots.live()
         batch, heads, num_new = call.decisions.shape
         longest = live.shape[-1]
@@ -123,7 +130,7 @@ class DMCLayer(CompressingLayer):
             positions = slots.parts[2][:, :, :longest, 0]
             seen = seen & (positions[:, :, None] > (queries - self.sliding)[:, None, :, None])
         keys, values = (part[:, :, :longest] for part in slots.parts[:2])
-        return Past(keys, values, seen)
+        return [Past(keys, values, seen)]
 
     def visible(self) -> Tensor | None:
         if self.sliding is None:

@@ -62,7 +62,8 @@ class DMSLayer(CompressingLayer):
         if not self._marks.numel():
             self._marks = marks.new_zeros((*marks.shape[:2], self._ring))
         if num_new == 1 and valid is None:
-            self._store_one(keys, values, marks)
+            if not self.slots.write_token(self._count, keys, values, marks, self._marks):
+                self._store_one(keys, values, marks)
         elif num_new:
             self._store_many(call)
         if self.sliding is not None:
@@ -169,25 +170,30 @@ class DMSLayer(CompressingLayer):
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def past(self, call: Call) -> Past | None:
+    def past(self, call: Call) -> list[Past]:
         slots = self.slots
         if slots.is_empty or not self._seen:
-            return None
+            return []
         live = slots.live()  # [batch, heads, longest]
         longest = live.shape[-1]
-        batch, heads, num_new = call.decisions.shape
+        batch, _, num_new = call.decisions.shape
         valid = call.decisions.new_ones((batch, num_new)) if call.valid is None else call.valid
         queries = _numbers(self._count, valid)
         ring = self._ring_numbers()[:, :longest]
-        marked = self._marked_past(call)[..., : ring.shape[1]]
+        used = ring.shape[1]
+        marked = self._marked_past(call)[..., :used]
+        # Of the ring a query still sees what is near; of what is kept behind it, everything.
         near = (queries[..., None] - ring[:, None] <= self.window)[:, None]
-        seen = live[:, :, None].expand(batch, heads, num_new, longest).clone()
-        seen[..., : ring.shape[1]] &= near | ~marked[:, :, None]
+        seen = [live[:, :, None, :used] & (near | ~marked[:, :, None]), live[:, :, None, used:]]
         if self.sliding is not None:
             positions = slots.parts[2][:, :, :longest, 0]
-            seen &= positions[:, :, None] > (queries - self.sliding)[:, None, :, None]
+            last = positions[:, :, None] > (queries - self.sliding)[:, None, :, None]
+            seen = [seen[0] & last[..., :used], seen[1] & last[..., used:]]
         keys, values = (part[:, :, :longest] for part in slots.parts[:2])
-        return Past(keys, values, seen)
+        found = [Past(keys[:, :, :used], values[:, :, :used], seen[0])]
+        if longest > used:
+            found.append(Past(keys[:, :, used:], values[:, :, used:], seen[1]))
+        return found
 
     def visible(self) -> Tensor | None:
         if self.sliding is None:

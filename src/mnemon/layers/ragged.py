@@ -14,6 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from mnemon.attention.slots import serves_slots, store_token
 from mnemon.errors import CacheError
 from mnemon.layers.memory import allocate
 
@@ -109,6 +110,23 @@ class RaggedSlots:
         for part, new in zip(self.parts, numbers, strict=True):
             width = part.shape[-1]
             part.view(-1, width).index_copy_(0, index, new.reshape(-1, width))
+
+    def write_token(
+        self,
+        counts: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        decisions: Tensor,
+        marks: Tensor | None = None,
+    ) -> bool:
+        """Take one token of every row and head in at once (see `store_token`), if that is served.
+
+        `lengths`, `counts` and `marks` follow in place.
+        """
+        if not serves_slots(keys, values, decisions):
+            return False
+        store_token(self.parts, self.lengths, counts, keys, values, decisions, marks)
+        return True
 
     def read(self, slots: Tensor) -> list[Tensor]:
         """What lies in `slots` ``[batch, kv_heads, n]``, each ``[batch, kv_heads, n, width]``."""

@@ -9,6 +9,7 @@
 
 #include "choose.h"
 #include "scratch.h"
+#include "slots.h"
 #include "task.h"
 
 namespace nb = nanobind;
@@ -174,6 +175,32 @@ void unpack(const std::vector<int64_t>& numbers, const std::string& isa) {
   chosen.unpack(task);
 }
 
+void store(const std::vector<int64_t>& numbers) {
+  Reader in(numbers);
+  SlotTask task;
+  task.batch = in.next();
+  task.kv_heads = in.next();
+  task.capacity = in.next();
+  for (SlotPart* part : {&task.keys, &task.values}) {
+    part->data = in.pointer<char>();
+    part->slot_bytes = in.next();
+    part->fresh = in.pointer<const char>();
+    part->fresh_batch = in.next();
+    part->fresh_head = in.next();
+  }
+  task.positions.data = in.pointer<char>();
+  task.positions.slot_bytes = 4;
+  task.lengths = in.pointer<int32_t>();
+  task.counts = in.pointer<int64_t>();
+  task.decisions = in.pointer<const uint8_t>();
+  task.decisions_batch = in.next();
+  task.decisions_head = in.next();
+  task.ring = in.next();
+  task.marks = in.pointer<uint8_t>();
+  in.done();
+  store_token(task);
+}
+
 uint64_t stream_read(int64_t address, int64_t size_bytes, int threads) {
   const Kernels& chosen = kernels("");
   nb::gil_scoped_release release;
@@ -193,6 +220,7 @@ NB_MODULE(_native, m) {
         nb::arg("isa") = "");
   m.def("pack", &pack, nb::arg("numbers"), nb::arg("isa") = "");
   m.def("unpack", &unpack, nb::arg("numbers"), nb::arg("isa") = "");
+  m.def("store_token", &store, nb::arg("numbers"));
   m.def("stream_read", &stream_read, nb::arg("address"), nb::arg("size_bytes"),
         nb::arg("threads"));
   m.def("release_scratch", &release_scratch);

@@ -4,6 +4,7 @@ A piece sees the slots that were there before it, and itself under the mask that
 is stored afterwards. A single token is stored first and then sees every live slot.
 """
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from mnemon.attention import cpu
 from mnemon.attention.dispatch import attend
+from mnemon.attention.parts import attend_part, merge_parts
 from mnemon.errors import LearnedMemoryError
 from mnemon.hf import compressing as hf
-from mnemon.layers.compressing import Call, CompressingLayer
+from mnemon.layers.compressing import Call, CompressingLayer, Past
 from mnemon.layers.dmc import DMCLayer
 from mnemon.memory.retrofitting.control import Control
 from mnemon.memory.retrofitting.parallel import drop_scores, pool, shift_left
@@ -151,28 +153,37 @@ def _attend_piece(
     layer: CompressingLayer, query: Tensor, call: Call, window: int, scale: float
 ) -> Tensor:
     """The queries of a piece over the slots before it and over the piece itself."""
-    keys, values = call.keys, call.values
-    num_new = keys.shape[2]
-    group = query.shape[1] // keys.shape[1]
+    num_new = call.keys.shape[2]
+    group = query.shape[1] // call.keys.shape[1]
+    past = layer.past(call)
+    plain = call.valid is None and layer.sliding is None and not bool(call.decisions.any())
+    if not past and plain:
+        return attend(query, call.keys, call.values, scale=scale, causal=True)
     kept = torch.zeros(call.decisions.shape, dtype=query.dtype, device=query.device)
     kept = kept.masked_fill(shift_left(call.decisions), -torch.inf)
     seen = drop_scores(kept, window, num_new, layer.sliding) == 0
     if call.valid is not None:
         seen = seen & call.valid[:, None, None]
-    past = layer.past(call)
-    if past is not None:
-        before = past.seen.expand(*past.seen.shape[:2], num_new, -1)
-        seen = torch.cat([before, seen.expand(*before.shape[:2], -1, -1)], dim=-1)
-        keys = torch.cat([past.keys, keys.to(past.keys.dtype)], dim=2)
-        values = torch.cat([past.values, values.to(past.values.dtype)], dim=2)
-    mask = seen.repeat_interleave(group, dim=1)
-    if (
-        past is None
-        and not bool(call.decisions.any())
-        and call.valid is None
-        and (layer.sliding is None)
-    ):
-        return attend(query, keys, values, scale=scale, causal=True)
+    parts = [*past, Past(call.keys, call.values, seen)]
+    if query.dtype == torch.float64:
+        return _attend_together(query, parts, scale)
+    outs, lses = [], []
+    for keys, values, mask in parts:
+        mask = mask.repeat_interleave(group, dim=1)
+        out, lse = attend_part(query, keys, values, mask=mask, scale=scale)
+        outs.append(out)
+        lses.append(lse)
+    return merge_parts(outs, lses).to(query.dtype)
+
+
+def _attend_together(query: Tensor, parts: Sequence[Past], scale: float) -> Tensor:
+    """All parts in one call: parts that are merged are float32."""
+    batch, num_heads, num_new, _ = query.shape
+    heads = parts[0].keys.shape[1]
+    keys = torch.cat([part.keys for part in parts], dim=2)
+    values = torch.cat([part.values for part in parts], dim=2)
+    masks = [part.seen.expand(batch, heads, num_new, part.keys.shape[2]) for part in parts]
+    mask = torch.cat(masks, dim=-1).repeat_interleave(num_heads // heads, dim=1)
     return attend(query, keys, values, mask=mask, scale=scale).nan_to_num(0.0)
 
 
