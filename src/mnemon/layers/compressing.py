@@ -61,7 +61,7 @@ class CompressingLayer(CacheLayer):
     Logical tokens count padding, stored ones do not: padding never takes a slot. `mask_sizes`
     speaks of logical tokens, because the model's attention masks for itself. `crop` takes back what
     was appended since `set_recording(True)` or the last `crop` (at most `MAX_RECORDED` tokens, or
-    the last call if that is longer), everything, and whatever nothing was decided about for good.
+    the last call if that is longer), and what nothing was decided about for good.
     `keep` raises `UnsupportedVerb`. `append` without decisions keeps every token; a layer that a
     retrofitted model's config asked for refuses it, as the model would compute something else.
 
@@ -71,6 +71,8 @@ class CompressingLayer(CacheLayer):
     """
 
     method: ClassVar[str]
+    #: Names of the tensors of a state besides slots and counts.
+    _extra_names: ClassVar[frozenset[str]]
 
     def __init__(self, *, sliding: int | None = None, strict: bool = False) -> None:
         self.sliding = sliding
@@ -109,6 +111,11 @@ class CompressingLayer(CacheLayer):
     @abstractmethod
     def visible(self) -> Tensor | None:
         """Which slots the newest token sees, bool [batch, kv_heads, slots]; None: all live ones."""
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens of every row without padding, int64 [batch]; empty before the first."""
+        return self._count
 
     def unstarted(self) -> Tensor | None:
         """Rows that hold padding only so far, bool [batch]; None once every row holds a token."""
@@ -161,10 +168,10 @@ class CompressingLayer(CacheLayer):
     # -- going back ------------------------------------------------------------------------------
 
     def can_crop(self, num_tokens: int) -> bool:
-        if not 0 <= num_tokens <= self._seen:
-            return False
+        if not 0 < num_tokens <= self._seen:
+            return num_tokens == 0
         recorded = sum(one.call.keys.shape[2] for one in self._recorded)
-        return num_tokens in (0, self._seen) or num_tokens <= recorded or self._is_open(num_tokens)
+        return num_tokens <= recorded or self._is_open(num_tokens)
 
     @abstractmethod
     def _is_open(self, num_tokens: int) -> bool:
@@ -182,11 +189,7 @@ class CompressingLayer(CacheLayer):
                 f"merged or dropped what came before them. Call activate_past_recording() before "
                 f"appending what may be taken back, or reset() and prefill again."
             )
-        if num_tokens and num_tokens == self._seen:
-            recording, last = self._recording, self._records_last
-            self.reset()
-            self._recording, self._records_last = recording, last
-        elif num_tokens:
+        if num_tokens:
             with torch.inference_mode(False), torch.no_grad():
                 self._go_back(num_tokens)
         self._recorded.clear()
@@ -370,6 +373,7 @@ class CompressingLayer(CacheLayer):
             return LayerState(kind=self.kind, meta=meta | self._facts())
         names = ("keys", "values", "positions")
         tensors = dict(zip(names, self.slots.packed(), strict=False))
+        meta["num_padding"] = self._seen - int(self._count.max())
         tensors |= {"lengths": self.slots.lengths.clone(), "count": self._count.clone()}
         return LayerState(
             kind=self.kind, tensors=tensors | self._extra(), meta=meta | self._facts()
@@ -405,23 +409,29 @@ class CompressingLayer(CacheLayer):
             return
         names = ["keys", "values"] + (["positions"] if self.sliding is not None else [])
         needed = {*names, "lengths", "count"}
-        if not needed <= set(tensors):
+        if not needed <= set(tensors) <= needed | self._extra_names:
             raise CacheError(f"A saved {self.method} layer has tensors {sorted(tensors)}.")
         lengths, count = tensors["lengths"], tensors["count"]
         if (
             lengths.ndim != 2
             or count.shape != lengths.shape[:1]
+            or not count.numel()
             or bool((lengths < 0).any())
             or bool((lengths > count[:, None]).any())
-            or bool((count > seen).any())
+            or int(count.max()) + int(state.meta["num_padding"]) != seen
+            or int(state.meta["num_padding"]) < 0
         ):
             raise CacheError(f"A saved {self.method} layer's lengths contradict each other.")
-        self.reset()
+        loaded = self._empty()
         with torch.inference_mode(False), torch.no_grad():
-            self.slots.unpack(lengths, [tensors[name] for name in names])
-            self._seen, self._count = seen, count.to(torch.int64).clone()
-            self._started = bool((count > 0).all())
-            self._load_extra({name: x for name, x in tensors.items() if name not in needed})
+            loaded.slots.unpack(lengths, [tensors[name] for name in names])
+            loaded._seen, loaded._count = seen, count.to(torch.int64).clone()
+            loaded._started = bool((count > 0).all())
+            loaded._load_extra({name: x for name, x in tensors.items() if name not in needed})
+            self.reset()
+            self.slots, self._seen, self._count = loaded.slots, seen, loaded._count
+            self._started = loaded._started
+            self._copy(loaded)
 
     @property
     def nbytes(self) -> int:
@@ -432,6 +442,8 @@ class CompressingLayer(CacheLayer):
         return self.slots.nbytes_reserved + self._extra_bytes()
 
     def _extra_bytes(self) -> int:
+        if not self._seen:
+            return 0
         return sum(x.numel() * x.element_size() for x in self._extra().values())
 
     # -- helpers ---------------------------------------------------------------------------------
@@ -468,11 +480,8 @@ class CompressingLayer(CacheLayer):
                     f"cache of one row repeats itself; use cache.repeat(n) or cache.select(rows)."
                 )
             self.repeat(keys.shape[0])
-        for part, new in zip(held, (keys, values), strict=False):
-            if torch.promote_types(part.dtype, new.dtype) != part.dtype:
-                raise CacheError(
-                    f"The cache holds {part.dtype} and {new.dtype} came: a compressing layer "
-                    f"keeps the dtype it began with. Use a new cache."
-                )
+        for side, new in enumerate((keys, values)):
+            if new.dtype is not self.slots.parts[side].dtype:
+                self.slots.promote(side, new.dtype)
         dtypes = self.slots.parts[0].dtype, self.slots.parts[1].dtype
         return call._replace(keys=keys.to(dtypes[0]), values=values.to(dtypes[1]))

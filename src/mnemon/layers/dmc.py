@@ -32,6 +32,7 @@ class DMCLayer(CompressingLayer):
 
     kind = "dmc"
     method = "dmc"
+    _extra_names = frozenset({"carry"})
 
     def __init__(
         self, window: int = 12, *, sliding: int | None = None, strict: bool = False

@@ -36,6 +36,7 @@ class DMSLayer(CompressingLayer):
 
     kind = "dms"
     method = "dms"
+    _extra_names = frozenset({"marks"})
 
     def __init__(self, window: int, *, sliding: int | None = None, strict: bool = False) -> None:
         super().__init__(sliding=sliding, strict=strict)

@@ -177,6 +177,19 @@ class RaggedSlots:
             self._sharers[0] += 1
         return other
 
+    def promote(self, side: int, dtype: torch.dtype) -> None:
+        """Hold keys (0) or values (1) in a dtype that also holds `dtype`."""
+        part = self.parts[side]
+        promoted = torch.promote_types(part.dtype, dtype)
+        if promoted is not part.dtype:
+            with torch.inference_mode(False), torch.no_grad():
+                self.parts = [x.clone() for x in self.parts]
+                self.parts[side] = part.to(promoted)
+            if self._sharers[0] > 1:
+                self._sharers[0] -= 1
+                self._sharers = [1]
+                self.lengths = self.lengths.clone()
+
     def take_rows(self, index: Tensor) -> None:
         """Row i becomes what row ``index[i]`` was."""
         if self.parts:

@@ -58,6 +58,8 @@ def _attend(
 ) -> Tensor:
     compression, logits = control.compression, decided.logits
     num_new = logits.shape[-1]
+    if mask is not None and layer.sliding is None and not module.layer_idx:
+        _check_past(layer, mask, num_new)
     # Padding is on the left: once every row has begun, a single token is never padding.
     begun = layer.num_tokens > 0 and layer.unstarted() is None
     valid = None if num_new == 1 and begun else valid_tokens(hf.as_seen(mask), num_new)
@@ -86,6 +88,22 @@ def _attend(
         layer.store(piece)
         start = stop
     return torch.cat(outs, dim=2)
+
+
+def _check_past(layer: CompressingLayer, mask: Tensor, num_new: int) -> None:
+    """Raise `LearnedMemoryError` if `mask` hides tokens that are stored, or shows padding."""
+    seen = hf.as_seen(mask)
+    assert seen is not None
+    past = seen[:, 0, -1, : seen.shape[-1] - num_new].sum(-1)
+    counts = layer.counts
+    if counts.numel() and past.numel() and not bool((past == counts).all()):
+        row = int((past != counts).nonzero()[0])
+        raise LearnedMemoryError(
+            f"The attention mask shows {int(past[row])} of the cached tokens of row {row}, and "
+            f"{int(counts[row])} were no padding when they were cached: a compressed cache cannot "
+            f"hide or show them later. Pass the attention_mask that goes on from the earlier one "
+            f"(generate makes one up where a prompt contains pad_token_id)."
+        )
 
 
 def _cut(call: Call, start: int, stop: int) -> Call:
