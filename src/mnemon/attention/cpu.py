@@ -198,11 +198,12 @@ def decode_part(
     causal: bool = False,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    lengths: Tensor | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`decode` as one part of several: float32 output, and float32 lse [batch, heads, new]."""
     out, lse = _run(
-        query, keys, values, mask, scale, causal, softcap, None, bias, None, None, None,
+        query, keys, values, mask, scale, causal, softcap, None, bias, None, lengths, None,
         threads, "", True,
     )  # fmt: skip
     assert lse is not None

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from mnemon.errors import CacheError, UnsupportedVerb
+from mnemon.formats import BLOCK_TOKENS
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
+from mnemon.layers.frozen_slots import FROZEN_NAMES, FrozenSlots
 from mnemon.layers.ragged import RaggedSlots
 from mnemon.layers.sliding import MAX_RECORDED
 from mnemon.layers.tokens import check_mergeable
+from mnemon.schemes import PackedFormat
 from mnemon.types import Keys, NewKeys, NewValues, Values
 
 __all__ = ["Call", "CompressingLayer", "Past"]
@@ -67,17 +70,36 @@ class CompressingLayer(CacheLayer):
 
     Args:
         sliding: tokens that a query sees at most, itself included; None for all.
+        form: a packed format for slots that do not change any more; None for the model's dtype.
+            They are packed 64 at a time, and never while calls are recorded.
         strict: refuse `append` without decisions.
+
+    Raises:
+        CacheError: a packed format and `sliding`.
     """
 
     method: ClassVar[str]
     #: Names of the tensors of a state besides slots and counts.
     _extra_names: ClassVar[frozenset[str]]
 
-    def __init__(self, *, sliding: int | None = None, strict: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        sliding: int | None = None,
+        form: PackedFormat | None = None,
+        strict: bool = False,
+    ) -> None:
+        if form is not None and sliding is not None:
+            raise CacheError(
+                f"A layer that sees {sliding} tokens at most keeps the model's dtype: expected "
+                f"no packed format beside a sliding window, got {form.name}."
+            )
         self.sliding = sliding
+        self.form = form
         self.strict = strict
-        self.slots = RaggedSlots(with_positions=sliding is not None)
+        self.slots = RaggedSlots()
+        self.frozen = None if form is None else FrozenSlots(form)
+        self._unfrozen = 0  # tokens since slots were frozen
         self._seen = 0
         self._count = torch.zeros(0, dtype=torch.int64)  # real tokens of every row
         self._started = False  # every row has a real token
@@ -100,13 +122,47 @@ class CompressingLayer(CacheLayer):
             self._store(call)
             self._started = self._started or bool((self._count > 0).all())
         self._seen += call.keys.shape[2]
+        self._unfrozen += call.keys.shape[2]
+        self._freeze()
 
     @abstractmethod
     def _store(self, call: Call) -> None: ...
 
+    def _like(self, keys: Tensor, values: Tensor) -> list[Tensor]:
+        """Tensors like the parts of a slot."""
+        if self.sliding is None:
+            return [keys, values]
+        return [keys, values, keys[..., :1].to(torch.int32)]
+
+    def _freeze(self) -> None:
+        """Pack slots that do not change any more, if there may be blocks of them."""
+        if self.frozen is None or self._recorded or self._unfrozen < BLOCK_TOKENS:
+            return
+        self._unfrozen = 0
+        with torch.inference_mode(False), torch.no_grad():
+            start = self._first_frozen()
+            held = self._num_held(self.frozen.form.residual)
+            free = self.slots.lengths.to(torch.int64) - start - held
+            self.frozen.freeze(self.slots, start, free.clamp(min=0) // BLOCK_TOKENS)
+
+    @abstractmethod
+    def _first_frozen(self) -> Tensor:
+        """The first slot that can be frozen, int64 [batch, kv_heads]."""
+
+    @abstractmethod
+    def _num_held(self, residual: int) -> int:
+        """Slots from there on that stay dense."""
+
     @abstractmethod
     def past(self, call: Call) -> list[Past]:
         """What the queries of `call`, which is not stored yet, see of the slots, in parts."""
+
+    def frozen_past(self) -> list[Past]:
+        """The same of the frozen slots, which every query sees."""
+        if self.frozen is None or self.frozen.is_empty:
+            return []
+        keys, values = self.frozen.pair()
+        return [Past(keys, values, self.frozen.live()[:, :, None])]
 
     @abstractmethod
     def visible(self) -> Tensor | None:
@@ -123,7 +179,9 @@ class CompressingLayer(CacheLayer):
 
     def head_lengths(self) -> Tensor:
         """Slots of every row and head, int32 [batch, kv_heads]."""
-        return self.slots.lengths
+        if self.frozen is None or self.frozen.is_empty:
+            return self.slots.lengths
+        return self.slots.lengths + self.frozen.lengths()
 
     # -- the contract ----------------------------------------------------------------------------
 
@@ -146,7 +204,19 @@ class CompressingLayer(CacheLayer):
             return None
         order = self._order()  # [batch, heads, longest], -1 where there is none
         keys, values, *_ = self.slots.read(order.clamp(min=0))
-        hidden = (order < 0)[..., None]
+        live = order >= 0
+        if self.frozen is not None and not self.frozen.is_empty:
+            before, old = self.frozen.live(), self.frozen.numbers()
+            live = torch.cat([before, live], dim=-1)
+            keys, values = torch.cat([old[0], keys], dim=2), torch.cat([old[1], values], dim=2)
+            place = live.to(torch.int8).argsort(dim=-1, stable=True)
+            place = place[..., place.shape[-1] - self.num_stored :]
+            live = live.gather(2, place)
+            keys, values = (
+                x.gather(2, place[..., None].expand(*place.shape, x.shape[-1]))
+                for x in (keys, values)
+            )
+        hidden = ~live[..., None]
         return keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
 
     @abstractmethod
@@ -160,7 +230,13 @@ class CompressingLayer(CacheLayer):
     @property
     def num_stored(self) -> int:
         """Slots of the head that keeps most."""
-        return self.slots.longest()
+        if self.frozen is None or self.frozen.is_empty:
+            return self.slots.longest()
+        return int(self.head_lengths().max())
+
+    @property
+    def stored_as(self) -> str:
+        return super().stored_as if self.form is None else self.form.name
 
     def mask_sizes(self, num_new: int) -> MaskSizes:
         return self._seen + num_new, 0
@@ -193,6 +269,7 @@ class CompressingLayer(CacheLayer):
             with torch.inference_mode(False), torch.no_grad():
                 self._go_back(num_tokens)
         self._recorded.clear()
+        self._freeze()
 
     def _go_back(self, num_tokens: int) -> None:
         recorded = sum(one.call.keys.shape[2] for one in self._recorded)
@@ -246,6 +323,7 @@ class CompressingLayer(CacheLayer):
         self._count = before["count"]
         if not self._seen:
             self.slots.clear()
+            self._thaw()
             self._clear()
             self._started = False
             return
@@ -270,8 +348,13 @@ class CompressingLayer(CacheLayer):
     def keep(self, indices: Tensor) -> None:
         raise UnsupportedVerb(f"A {self.method} layer's model decides what to keep: no keep().")
 
+    def _thaw(self) -> None:
+        self.frozen = None if self.form is None else FrozenSlots(self.form)
+        self._unfrozen = 0
+
     def reset(self) -> None:
         self.slots.clear()
+        self._thaw()
         self._seen = 0
         self._count = torch.zeros(0, dtype=torch.int64)
         self._started = False
@@ -291,6 +374,8 @@ class CompressingLayer(CacheLayer):
         index = row_index(index, self.batch_size)
         with torch.inference_mode(False), torch.no_grad():
             self.slots.take_rows(index)
+            if self.frozen is not None:
+                self.frozen.take_rows(index)
             self._take_rows(index.to(self._count.device))
         self._recorded.clear()
 
@@ -309,12 +394,17 @@ class CompressingLayer(CacheLayer):
         layers = [self, *others]
         merged = self._empty()
         if check_mergeable(layers):
-            if len({(layer.sliding, layer._options()) for layer in layers}) > 1:
+            if len({(layer.sliding, layer.form, layer._options()) for layer in layers}) > 1:
                 raise CacheError(
-                    f"Cannot merge {self.method} layers of different windows: other models."
+                    f"Cannot merge {self.method} layers of different windows or formats."
                 )
             with torch.inference_mode(False), torch.no_grad():
                 merged.slots = RaggedSlots.stacked([layer.slots for layer in layers])
+                frozen = [layer.frozen.fork() for layer in layers if layer.frozen is not None]
+                if frozen:
+                    heads = self.slots.lengths.shape[1]
+                    shapes = [(layer.batch_size, heads) for layer in layers]
+                    merged.frozen = FrozenSlots.stacked(frozen, shapes)
                 merged._seen = max(layer._seen for layer in layers)
                 merged._count = torch.cat([layer._count for layer in layers])
                 merged._started = all(layer._started for layer in layers)
@@ -344,7 +434,7 @@ class CompressingLayer(CacheLayer):
         # The padding was appended as tokens: without decisions nothing is merged or dropped.
         view = source.view()
         assert view is not None
-        if not bool((source.slots.lengths == source._count[:, None]).all()):
+        if not bool((source.head_lengths() == source._count[:, None]).all()):
             raise CacheError("Cannot remove padding: tokens were merged or dropped before.")
         keys, values = (part[:, :, excess:] for part in view)
         other.store(Call(keys, values, torch.zeros(keys.shape[:3], dtype=torch.bool)))
@@ -355,9 +445,11 @@ class CompressingLayer(CacheLayer):
         # Outside inference mode, as everything that is written in place later.
         with torch.inference_mode(False), torch.no_grad():
             other.slots = self.slots.fork()
+            if self.frozen is not None:
+                other.frozen = self.frozen.fork()
             other._seen, other._count = self._seen, self._count.clone()
             other._copy(self)
-        other._started = self._started
+        other._started, other._unfrozen = self._started, self._unfrozen
         other._recording, other._records_last = self._recording, self._records_last
         return other
 
@@ -370,14 +462,15 @@ class CompressingLayer(CacheLayer):
     def state(self) -> LayerState:
         meta: dict[str, Any] = {"num_tokens": self._seen, "sliding": self.sliding}
         if self.slots.is_empty:
-            return LayerState(kind=self.kind, meta=meta | self._facts())
+            return LayerState(kind=self.kind, meta=meta | self._all_facts())
         names = ("keys", "values", "positions")
         tensors = dict(zip(names, self.slots.packed(), strict=False))
         meta["num_padding"] = self._seen - int(self._count.max())
         tensors |= {"lengths": self.slots.lengths.clone(), "count": self._count.clone()}
-        return LayerState(
-            kind=self.kind, tensors=tensors | self._extra(), meta=meta | self._facts()
-        )
+        if self.frozen is not None:
+            tensors |= self.frozen.tensors()
+        tensors |= self._extra()
+        return LayerState(kind=self.kind, tensors=tensors, meta=meta | self._all_facts())
 
     @abstractmethod
     def _facts(self) -> dict[str, Any]:
@@ -393,7 +486,7 @@ class CompressingLayer(CacheLayer):
 
     def load_state(self, state: LayerState) -> None:
         self._check_state(state)
-        expected = {"sliding": self.sliding} | self._facts()
+        expected = {"sliding": self.sliding} | self._all_facts()
         came = {name: state.meta.get(name) for name in expected}
         if came != expected:
             raise CacheError(
@@ -409,7 +502,10 @@ class CompressingLayer(CacheLayer):
             return
         names = ["keys", "values"] + (["positions"] if self.sliding is not None else [])
         needed = {*names, "lengths", "count"}
-        if not needed <= set(tensors) <= needed | self._extra_names:
+        known = needed | self._extra_names
+        if self.frozen is not None:
+            known |= FROZEN_NAMES
+        if not needed <= set(tensors) <= known:
             raise CacheError(f"A saved {self.method} layer has tensors {sorted(tensors)}.")
         lengths, count = tensors["lengths"], tensors["count"]
         if (
@@ -427,19 +523,34 @@ class CompressingLayer(CacheLayer):
             loaded.slots.unpack(lengths, [tensors[name] for name in names])
             loaded._seen, loaded._count = seen, count.to(torch.int64).clone()
             loaded._started = bool((count > 0).all())
-            loaded._load_extra({name: x for name, x in tensors.items() if name not in needed})
+            if loaded.frozen is not None and "blocks" in tensors:
+                if not set(tensors) >= FROZEN_NAMES:
+                    raise CacheError(f"A saved {self.method} layer has tensors {sorted(tensors)}.")
+                if tensors["blocks"].shape != lengths.shape or bool((tensors["blocks"] < 0).any()):
+                    raise CacheError(f"A saved {self.method} layer's blocks contradict its slots.")
+                loaded.frozen.load(tensors, loaded.slots.parts[0], loaded.slots.parts[1])
+            other = needed | FROZEN_NAMES
+            loaded._load_extra({name: x for name, x in tensors.items() if name not in other})
             self.reset()
+            self.frozen = loaded.frozen
             self.slots, self._seen, self._count = loaded.slots, seen, loaded._count
             self._started = loaded._started
             self._copy(loaded)
 
+    def _all_facts(self) -> dict[str, Any]:
+        if self.frozen is None:
+            return self._facts()
+        return self._facts() | {"format": self.frozen.facts()}
+
     @property
     def nbytes(self) -> int:
-        return self.slots.nbytes + self._extra_bytes()
+        frozen = 0 if self.frozen is None else self.frozen.blocks.nbytes
+        return self.slots.nbytes + frozen + self._extra_bytes()
 
     @property
     def nbytes_reserved(self) -> int:
-        return self.slots.nbytes_reserved + self._extra_bytes()
+        frozen = 0 if self.frozen is None else self.frozen.blocks.nbytes_reserved
+        return self.slots.nbytes_reserved + frozen + self._extra_bytes()
 
     def _extra_bytes(self) -> int:
         if not self._seen:

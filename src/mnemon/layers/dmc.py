@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mnemon.errors import CacheError
 from mnemon.layers.compressing import Call, CompressingLayer, Past
+from mnemon.schemes import PackedFormat
 
 __all__ = ["DMCLayer"]
 
@@ -24,6 +25,7 @@ class DMCLayer(CompressingLayer):
     Args:
         window: tokens of a segment that its mean covers; `carry` holds one less.
         sliding: tokens that a query sees at most, itself included; None for all.
+        form: a packed format for slots that do not change any more; None for the model's dtype.
         strict: refuse `append` without decisions.
 
     Source:
@@ -35,9 +37,14 @@ class DMCLayer(CompressingLayer):
     _extra_names = frozenset({"carry"})
 
     def __init__(
-        self, window: int = 12, *, sliding: int | None = None, strict: bool = False
+        self,
+        window: int = 12,
+        *,
+        sliding: int | None = None,
+        form: PackedFormat | None = None,
+        strict: bool = False,
     ) -> None:
-        super().__init__(sliding=sliding, strict=strict)
+        super().__init__(sliding=sliding, form=form, strict=strict)
         if window < 1:
             raise CacheError(f"A slot of DMC averages 1 token or more; got {window}.")
         self.window = window
@@ -45,22 +52,24 @@ class DMCLayer(CompressingLayer):
         self.carry = torch.zeros((0, 0, 0, 0))
 
     def _empty(self) -> "DMCLayer":
-        return DMCLayer(self.window, sliding=self.sliding, strict=self.strict)
+        return DMCLayer(self.window, sliding=self.sliding, form=self.form, strict=self.strict)
 
     # -- writing ---------------------------------------------------------------------------------
 
     def _store(self, call: Call) -> None:
         keys, values, merged, valid, raw = call
         num_new = keys.shape[2]
-        self.slots.prepare(keys, values, num_new)
+        self.slots.prepare(self._like(keys, values), num_new)
         if raw is not None:
             if not self.carry.numel():
                 # Of weight 0 and not merged: a mean never reaches so far.
                 size = (*raw.shape[:2], self.window - 1, raw.shape[3])
                 self.carry = raw.new_zeros(size)
             self.carry = torch.cat([self.carry, raw], dim=2)[:, :, num_new:]
-        if num_new == 1 and valid is None and self.slots.write_token(
-            self._count, keys, values, merged
+        if (
+            num_new == 1
+            and valid is None
+            and self.slots.write_token(self._count, keys, values, merged)
         ):
             pass
         elif num_new:
@@ -73,6 +82,11 @@ class DMCLayer(CompressingLayer):
         num_new, slots = keys.shape[2], self.slots
         heads = keys.shape[1]
         lengths = slots.lengths.to(torch.int64)
+        if not self._started:
+            # A row's first token has nothing to merge into.
+            here = merged.new_ones(merged.shape[0], num_new) if valid is None else valid
+            first = (here.cumsum(-1) == 1) & (self._count == 0)[:, None]
+            merged = merged & ~first[:, None]
         opens = ~merged if valid is None else ~merged & valid[:, None]
         target = lengths[..., None] + opens.cumsum(-1) - 1
         if num_new > 1:
@@ -106,6 +120,12 @@ class DMCLayer(CompressingLayer):
         source = (index + gone[..., None]).clamp(max=longest - 1)
         slots.write(index.expand_as(source), *slots.read(source))
         slots.lengths -= gone
+
+    def _first_frozen(self) -> Tensor:
+        return torch.zeros_like(self.slots.lengths, dtype=torch.int64)
+
+    def _num_held(self, residual: int) -> int:
+        return max(residual, 1)  # the open slot is written again
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -166,7 +186,7 @@ class DMCLayer(CompressingLayer):
     def _restore(self, before: dict[str, Any]) -> None:
         if "slots" in before:
             self.slots = before["slots"]
-            self.slots.prepare(self.slots.parts[0], self.slots.parts[1], 0)
+            self.slots.prepare(self.slots.parts, 0)
         super()._restore(before)
         if not self._seen:
             return

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mnemon.errors import CacheError
 from mnemon.layers.compressing import Call, CompressingLayer, Past
+from mnemon.schemes import PackedFormat
 
 __all__ = ["DMSLayer"]
 
@@ -28,6 +29,7 @@ class DMSLayer(CompressingLayer):
     Args:
         window: tokens before a query that are always seen; 0 drops a marked token at once.
         sliding: tokens that a query sees at most, itself included; None for all.
+        form: a packed format for slots that do not change any more; None for the model's dtype.
         strict: refuse `append` without decisions.
 
     Source:
@@ -38,8 +40,15 @@ class DMSLayer(CompressingLayer):
     method = "dms"
     _extra_names = frozenset({"marks"})
 
-    def __init__(self, window: int, *, sliding: int | None = None, strict: bool = False) -> None:
-        super().__init__(sliding=sliding, strict=strict)
+    def __init__(
+        self,
+        window: int,
+        *,
+        sliding: int | None = None,
+        form: PackedFormat | None = None,
+        strict: bool = False,
+    ) -> None:
+        super().__init__(sliding=sliding, form=form, strict=strict)
         if window < 0:
             raise CacheError(f"A window of DMS holds 0 tokens or more; got {window}.")
         self.window = window
@@ -50,7 +59,7 @@ class DMSLayer(CompressingLayer):
         return self.window + 1
 
     def _empty(self) -> "DMSLayer":
-        return DMSLayer(self.window, sliding=self.sliding, strict=self.strict)
+        return DMSLayer(self.window, sliding=self.sliding, form=self.form, strict=self.strict)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -59,7 +68,7 @@ class DMSLayer(CompressingLayer):
         num_new = keys.shape[2]
         if not num_new and not self.slots.is_empty:
             return
-        self.slots.prepare(keys, values, num_new)
+        self.slots.prepare(self._like(keys, values), num_new)
         if not self._marks.numel():
             self._marks = marks.new_zeros((*marks.shape[:2], self._ring))
         if num_new == 1 and valid is None:
@@ -169,6 +178,13 @@ class DMSLayer(CompressingLayer):
         slots.write(index.expand_as(source), *slots.read(source.clamp(max=longest - 1)))
         slots.lengths -= gone
 
+    def _first_frozen(self) -> Tensor:
+        # Behind the ring; a row whose ring is not full has nothing there.
+        return torch.full_like(self.slots.lengths, self._ring, dtype=torch.int64)
+
+    def _num_held(self, residual: int) -> int:
+        return max(0, residual - self._ring)
+
     # -- reading ---------------------------------------------------------------------------------
 
     def past(self, call: Call) -> list[Past]:
@@ -237,7 +253,7 @@ class DMSLayer(CompressingLayer):
     def _restore(self, before: dict[str, Any]) -> None:
         if "slots" in before:
             self.slots = before["slots"]
-            self.slots.prepare(self.slots.parts[0], self.slots.parts[1], 0)
+            self.slots.prepare(self.slots.parts, 0)
         super()._restore(before)
         if not self._seen:
             return

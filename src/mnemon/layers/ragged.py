@@ -26,16 +26,12 @@ class RaggedSlots:
     """Keys and values in slots, with a number of live ones for every row and head.
 
     Forks share memory until one of them writes.
-
-    Args:
-        with_positions: keep every slot's position too (int32).
     """
 
-    __slots__ = ("_base", "_bound", "_sharers", "_with_positions", "lengths", "parts")
+    __slots__ = ("_base", "_bound", "_sharers", "lengths", "parts")
 
-    def __init__(self, *, with_positions: bool = False) -> None:
-        self._with_positions = with_positions
-        #: Keys and values, [batch, kv_heads, capacity, width], and positions [..., 1].
+    def __init__(self) -> None:
+        #: What a slot consists of, [batch, kv_heads, capacity, width] each: keys, values, ...
         self.parts: list[Tensor] = []
         #: Live slots, int32 [batch, kv_heads].
         self.lengths = torch.zeros((0, 0), dtype=torch.int32)
@@ -82,14 +78,14 @@ class RaggedSlots:
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def prepare(self, keys: Tensor, values: Tensor, num_new: int) -> None:
-        """Make room for `num_new` more slots of every head, in memory that nobody shares."""
+    def prepare(self, like: Sequence[Tensor], num_new: int) -> None:
+        """Make room for `num_new` more slots of every head, in memory that nobody shares.
+
+        `like` are tensors [batch, kv_heads, n, width], one for each part, of the numbers to come.
+        """
         if not self.parts:
-            shape = keys.shape[:2]
-            like = [keys, values]
-            if self._with_positions:
-                like.append(torch.empty((*shape, 1, 1), dtype=torch.int32, device=keys.device))
-            self.lengths = torch.zeros(shape, dtype=torch.int32, device=keys.device)
+            shape, device = like[0].shape[:2], like[0].device
+            self.lengths = torch.zeros(shape, dtype=torch.int32, device=device)
             self._allocate(like, num_new + 1)
         elif self._sharers[0] > 1:
             self._sharers[0] -= 1
@@ -169,7 +165,7 @@ class RaggedSlots:
     # -- rows ------------------------------------------------------------------------------------
 
     def fork(self) -> "RaggedSlots":
-        other = RaggedSlots(with_positions=self._with_positions)
+        other = RaggedSlots()
         other.parts, other._base, other._bound = self.parts, self._base, self._bound
         other.lengths = self.lengths.clone()
         other._sharers = self._sharers
@@ -212,7 +208,7 @@ class RaggedSlots:
                         f"Cannot merge layers of {list(one.shape)} {one.dtype} and "
                         f"{list(part.shape)} {part.dtype}: they come from different models."
                     )
-        result = RaggedSlots(with_positions=sources[0]._with_positions)
+        result = RaggedSlots()
         result._replace(
             sources,
             [(i, row) for i, one in enumerate(sources) for row in range(one.batch_size)],
@@ -245,7 +241,7 @@ class RaggedSlots:
     def clear(self) -> None:
         if self._sharers[0] > 1:
             self._sharers[0] -= 1
-        self.__init__(with_positions=self._with_positions)
+        self.__init__()
 
     # -- whole content ---------------------------------------------------------------------------
 

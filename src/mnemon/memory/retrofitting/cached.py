@@ -154,17 +154,23 @@ def _newest_mean(x: Tensor, weights: Tensor, merged: Tensor) -> Tensor:
 def _attend_one(layer: CompressingLayer, query: Tensor, scale: float) -> Tensor:
     """One query over all live slots, its own among them."""
     slots = layer.slots
-    lengths, longest = slots.lengths, slots.bound
-    keys, values = slots.parts[0][:, :, :longest], slots.parts[1][:, :, :longest]
-    seen = layer.visible()
-    group = query.shape[1] // keys.shape[1]
-    if query.device.type == "cpu" and seen is None and cpu.serves(query, keys, values):
-        return cpu.decode(query, keys, values, scale=scale, lengths=lengths)
-    if seen is None:
-        seen = slots.live()
-    keys, values = keys[:, :, : seen.shape[-1]], values[:, :, : seen.shape[-1]]
-    mask = seen.repeat_interleave(group, dim=1)[:, :, None]
-    return attend(query, keys, values, mask=mask, scale=scale)
+    keys, values = (part[:, :, : slots.bound] for part in slots.parts[:2])
+    seen, frozen = layer.visible(), layer.frozen_past()
+    native = query.device.type == "cpu" and seen is None and cpu.serves(query, keys, values)
+    if native and not frozen:
+        return cpu.decode(query, keys, values, scale=scale, lengths=slots.lengths)
+    if native and layer.frozen is not None:
+        parts = [
+            cpu.decode_part(query, frozen[0].keys, frozen[0].values, scale=scale,
+                            lengths=layer.frozen.lengths()),
+            cpu.decode_part(query, keys, values, scale=scale, lengths=slots.lengths),
+        ]  # fmt: skip
+        outs, lses = zip(*parts, strict=True)
+        return merge_parts(outs, lses).to(query.dtype)
+    live = slots.live() if seen is None else seen
+    longest = live.shape[-1]
+    dense = Past(keys[:, :, :longest], values[:, :, :longest], live[:, :, None])
+    return _attend_parts(query, [*frozen, dense], scale)
 
 
 def _attend_piece(
@@ -172,8 +178,7 @@ def _attend_piece(
 ) -> Tensor:
     """The queries of a piece over the slots before it and over the piece itself."""
     num_new = call.keys.shape[2]
-    group = query.shape[1] // call.keys.shape[1]
-    past = layer.past(call)
+    past = [*layer.frozen_past(), *layer.past(call)]
     plain = call.valid is None and layer.sliding is None and not bool(call.decisions.any())
     if not past and plain:
         return attend(query, call.keys, call.values, scale=scale, causal=True)
@@ -182,12 +187,17 @@ def _attend_piece(
     seen = drop_scores(kept, window, num_new, layer.sliding) == 0
     if call.valid is not None:
         seen = seen & call.valid[:, None, None]
-    parts = [*past, Past(call.keys, call.values, seen)]
-    if query.dtype == torch.float64:
+    return _attend_parts(query, [*past, Past(call.keys, call.values, seen)], scale)
+
+
+def _attend_parts(query: Tensor, parts: Sequence[Past], scale: float) -> Tensor:
+    """Several parts of the slots, each under its own mask."""
+    group = query.shape[1] // parts[0].keys.shape[1]
+    if query.dtype == torch.float64 or len(parts) == 1:
         return _attend_together(query, parts, scale)
     outs, lses = [], []
-    for keys, values, mask in parts:
-        mask = mask.repeat_interleave(group, dim=1)
+    for keys, values, seen in parts:
+        mask = seen.repeat_interleave(group, dim=1)
         out, lse = attend_part(query, keys, values, mask=mask, scale=scale)
         outs.append(out)
         lses.append(lse)
@@ -198,8 +208,10 @@ def _attend_together(query: Tensor, parts: Sequence[Past], scale: float) -> Tens
     """All parts in one call: parts that are merged are float32."""
     batch, num_heads, num_new, _ = query.shape
     heads = parts[0].keys.shape[1]
-    keys = torch.cat([part.keys for part in parts], dim=2)
-    values = torch.cat([part.values for part in parts], dim=2)
+    keys, values = parts[0].keys, parts[0].values
+    if len(parts) > 1:
+        keys = torch.cat([part.keys for part in parts], dim=2)
+        values = torch.cat([part.values for part in parts], dim=2)
     masks = [part.seen.expand(batch, heads, num_new, part.keys.shape[2]) for part in parts]
     mask = torch.cat(masks, dim=-1).repeat_interleave(num_heads // heads, dim=1)
     return attend(query, keys, values, mask=mask, scale=scale).nan_to_num(0.0)
