@@ -111,7 +111,7 @@ def _foreign(
 
 def _attention(spec: LayerSpec, recipe: Recipe, tiering: Tiering | None) -> CacheLayer:
     if spec.compression is not None:
-        return _compressing(spec, spec.compression, recipe)
+        return _compressing(spec, spec.compression, recipe, tiering)
     if tiering is not None and spec.window is None:
         return tiering.layer()
     max_tokens, form = recipe.static_tokens, recipe.packed
@@ -126,13 +126,22 @@ def _attention(spec: LayerSpec, recipe: Recipe, tiering: Tiering | None) -> Cach
     return StaticWindowLayer(spec.window)
 
 
-def _compressing(spec: LayerSpec, compression: Compression, recipe: Recipe) -> CacheLayer:
+def _compressing(
+    spec: LayerSpec, compression: Compression, recipe: Recipe, tiering: Tiering | None
+) -> CacheLayer:
     """A layer of a retrofitted model, which refuses tokens that nothing was decided about."""
-    if str(recipe) != "dense":
+    form = recipe.packed
+    if recipe.static_tokens is not None or recipe.policies:
         raise RecipeError(
-            f"{recipe} does not fit a model that was retrofitted with {compression.method}: its "
-            f"layers keep the model's dtype. Use the default recipe."
+            f"{recipe} does not fit a model that was retrofitted with {compression.method}, which "
+            f"decides itself which tokens stay. Use the default recipe, a packed format, a tier "
+            f"or both, e.g. 'int4 + disk'."
         )
-    if compression.method == "dmc":
-        return DMCLayer(compression.window, sliding=spec.window, strict=True)
-    return DMSLayer(compression.window, sliding=spec.window, strict=True)
+    if spec.window is not None and (form is not None or tiering is not None):
+        raise RecipeError(
+            f"{recipe} does not fit a model that was retrofitted with {compression.method} and "
+            f"sees {spec.window} tokens at most. Use the default recipe."
+        )
+    make = DMCLayer if compression.method == "dmc" else DMSLayer
+    frozen = None if tiering is None else tiering.slots()
+    return make(compression.window, sliding=spec.window, form=form, strict=True, frozen=frozen)

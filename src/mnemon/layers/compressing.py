@@ -1,16 +1,15 @@
 """What the layers of a model that compresses its own cache share (DMC, DMS)."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from mnemon.errors import CacheError, UnsupportedVerb
-from mnemon.formats import BLOCK_TOKENS
 from mnemon.layers.base import CacheLayer, LayerState, MaskSizes, row_index
-from mnemon.layers.frozen_slots import FROZEN_NAMES, FrozenSlots
+from mnemon.layers.frozen_slots import FROZEN_NAMES, Codec, Frozen, FrozenPart, FrozenSlots
 from mnemon.layers.ragged import RaggedSlots
 from mnemon.layers.sliding import MAX_RECORDED
 from mnemon.layers.tokens import check_mergeable
@@ -73,6 +72,7 @@ class CompressingLayer(CacheLayer):
         form: a packed format for slots that do not change any more; None for the model's dtype.
             They are packed 64 at a time, and never while calls are recorded.
         strict: refuse `append` without decisions.
+        frozen: where such slots go; None: nowhere, or to the device in `form`.
 
     Raises:
         CacheError: a packed format and `sliding`.
@@ -88,17 +88,20 @@ class CompressingLayer(CacheLayer):
         sliding: int | None = None,
         form: PackedFormat | None = None,
         strict: bool = False,
+        frozen: Frozen | None = None,
     ) -> None:
-        if form is not None and sliding is not None:
+        if sliding is not None and (form is not None or frozen is not None):
             raise CacheError(
-                f"A layer that sees {sliding} tokens at most keeps the model's dtype: expected "
-                f"no packed format beside a sliding window, got {form.name}."
+                f"A layer that sees {sliding} tokens at most keeps them on the device in the "
+                f"model's dtype: expected no packed format and no tier beside a sliding window."
             )
         self.sliding = sliding
         self.form = form
         self.strict = strict
         self.slots = RaggedSlots()
-        self.frozen = None if form is None else FrozenSlots(form)
+        if frozen is None and form is not None:
+            frozen = FrozenSlots(Codec(form))
+        self.frozen = frozen
         self._unfrozen = 0  # tokens since slots were frozen
         self._seen = 0
         self._count = torch.zeros(0, dtype=torch.int64)  # real tokens of every row
@@ -136,14 +139,15 @@ class CompressingLayer(CacheLayer):
 
     def _freeze(self) -> None:
         """Pack slots that do not change any more, if there may be blocks of them."""
-        if self.frozen is None or self._recorded or self._unfrozen < BLOCK_TOKENS:
+        frozen = self.frozen
+        if frozen is None or self._recorded or self._unfrozen < frozen.due():
             return
         self._unfrozen = 0
         with torch.inference_mode(False), torch.no_grad():
             start = self._first_frozen()
-            held = self._num_held(self.frozen.form.residual)
+            held = self._num_held(0 if self.form is None else self.form.residual)
             free = self.slots.lengths.to(torch.int64) - start - held
-            self.frozen.freeze(self.slots, start, free.clamp(min=0) // BLOCK_TOKENS)
+            frozen.freeze(self.slots, start, free.clamp(min=0) // frozen.unit)
 
     @abstractmethod
     def _first_frozen(self) -> Tensor:
@@ -157,12 +161,9 @@ class CompressingLayer(CacheLayer):
     def past(self, call: Call) -> list[Past]:
         """What the queries of `call`, which is not stored yet, see of the slots, in parts."""
 
-    def frozen_past(self) -> list[Past]:
-        """The same of the frozen slots, which every query sees."""
-        if self.frozen is None or self.frozen.is_empty:
-            return []
-        keys, values = self.frozen.pair()
-        return [Past(keys, values, self.frozen.live()[:, :, None])]
+    def frozen_past(self) -> Iterator[FrozenPart]:
+        """What every query sees: the frozen slots. A part is valid until the next is asked for."""
+        return iter(()) if self.frozen is None else self.frozen.parts()
 
     @abstractmethod
     def visible(self) -> Tensor | None:
@@ -206,7 +207,9 @@ class CompressingLayer(CacheLayer):
         keys, values, *_ = self.slots.read(order.clamp(min=0))
         live = order >= 0
         if self.frozen is not None and not self.frozen.is_empty:
-            before, old = self.frozen.live(), self.frozen.numbers()
+            resident = self.frozen.resident()
+            old, total = resident.numbers(), resident.lengths()
+            before = FrozenPart(old[0], old[1], total).live()
             live = torch.cat([before, live], dim=-1)
             keys, values = torch.cat([old[0], keys], dim=2), torch.cat([old[1], values], dim=2)
             place = live.to(torch.int8).argsort(dim=-1, stable=True)
@@ -349,7 +352,8 @@ class CompressingLayer(CacheLayer):
         raise UnsupportedVerb(f"A {self.method} layer's model decides what to keep: no keep().")
 
     def _thaw(self) -> None:
-        self.frozen = None if self.form is None else FrozenSlots(self.form)
+        if self.frozen is not None:
+            self.frozen = self.frozen.holding(FrozenSlots(Codec(self.form)))
         self._unfrozen = 0
 
     def reset(self) -> None:
@@ -400,11 +404,11 @@ class CompressingLayer(CacheLayer):
                 )
             with torch.inference_mode(False), torch.no_grad():
                 merged.slots = RaggedSlots.stacked([layer.slots for layer in layers])
-                frozen = [layer.frozen.fork() for layer in layers if layer.frozen is not None]
-                if frozen:
+                held = [layer.frozen.resident() for layer in layers if layer.frozen is not None]
+                if merged.frozen is not None and held:
                     heads = self.slots.lengths.shape[1]
                     shapes = [(layer.batch_size, heads) for layer in layers]
-                    merged.frozen = FrozenSlots.stacked(frozen, shapes)
+                    merged.frozen = merged.frozen.holding(FrozenSlots.stacked(held, shapes))
                 merged._seen = max(layer._seen for layer in layers)
                 merged._count = torch.cat([layer._count for layer in layers])
                 merged._started = all(layer._started for layer in layers)
@@ -468,7 +472,7 @@ class CompressingLayer(CacheLayer):
         meta["num_padding"] = self._seen - int(self._count.max())
         tensors |= {"lengths": self.slots.lengths.clone(), "count": self._count.clone()}
         if self.frozen is not None:
-            tensors |= self.frozen.tensors()
+            tensors |= self.frozen.resident().tensors()
         tensors |= self._extra()
         return LayerState(kind=self.kind, tensors=tensors, meta=meta | self._all_facts())
 
@@ -523,12 +527,12 @@ class CompressingLayer(CacheLayer):
             loaded.slots.unpack(lengths, [tensors[name] for name in names])
             loaded._seen, loaded._count = seen, count.to(torch.int64).clone()
             loaded._started = bool((count > 0).all())
-            if loaded.frozen is not None and "blocks" in tensors:
-                if not set(tensors) >= FROZEN_NAMES:
+            if loaded.frozen is not None and "frozen" in tensors:
+                resident = FrozenSlots(Codec(self.form))
+                if not set(tensors) >= set(resident.codec.names):
                     raise CacheError(f"A saved {self.method} layer has tensors {sorted(tensors)}.")
-                if tensors["blocks"].shape != lengths.shape or bool((tensors["blocks"] < 0).any()):
-                    raise CacheError(f"A saved {self.method} layer's blocks contradict its slots.")
-                loaded.frozen.load(tensors, loaded.slots.parts[0], loaded.slots.parts[1])
+                resident.load(tensors, loaded.slots.parts[0], loaded.slots.parts[1])
+                loaded.frozen = loaded.frozen.holding(resident)
             other = needed | FROZEN_NAMES
             loaded._load_extra({name: x for name, x in tensors.items() if name not in other})
             self.reset()
@@ -538,18 +542,23 @@ class CompressingLayer(CacheLayer):
             self._copy(loaded)
 
     def _all_facts(self) -> dict[str, Any]:
-        if self.frozen is None:
+        if self.form is None:
             return self._facts()
-        return self._facts() | {"format": self.frozen.facts()}
+        return self._facts() | {"format": FrozenSlots(Codec(self.form)).facts()}
 
     @property
     def nbytes(self) -> int:
-        frozen = 0 if self.frozen is None else self.frozen.blocks.nbytes
-        return self.slots.nbytes + frozen + self._extra_bytes()
+        return sum(self.nbytes_by_place().values())
+
+    def nbytes_by_place(self) -> dict[str, int]:
+        found = {"device": self.slots.nbytes + self._extra_bytes()}
+        for place, size in ({} if self.frozen is None else self.frozen.nbytes_by_place()).items():
+            found[place] = found.get(place, 0) + size
+        return found
 
     @property
     def nbytes_reserved(self) -> int:
-        frozen = 0 if self.frozen is None else self.frozen.blocks.nbytes_reserved
+        frozen = 0 if self.frozen is None else self.frozen.nbytes_reserved
         return self.slots.nbytes_reserved + frozen + self._extra_bytes()
 
     def _extra_bytes(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mnemon.errors import CacheError
 from mnemon.layers.compressing import Call, CompressingLayer, Past
+from mnemon.layers.frozen_slots import Codec, Frozen, FrozenSlots
 from mnemon.schemes import PackedFormat
 
 __all__ = ["DMCLayer"]
@@ -27,6 +28,7 @@ class DMCLayer(CompressingLayer):
         sliding: tokens that a query sees at most, itself included; None for all.
         form: a packed format for slots that do not change any more; None for the model's dtype.
         strict: refuse `append` without decisions.
+        frozen: where such slots go; None: nowhere, or to the device in `form`.
 
     Source:
         DMC (2403.09636), the inference cache of section 3.
@@ -43,8 +45,9 @@ class DMCLayer(CompressingLayer):
         sliding: int | None = None,
         form: PackedFormat | None = None,
         strict: bool = False,
+        frozen: Frozen | None = None,
     ) -> None:
-        super().__init__(sliding=sliding, form=form, strict=strict)
+        super().__init__(sliding=sliding, form=form, strict=strict, frozen=frozen)
         if window < 1:
             raise CacheError(f"A slot of DMC averages 1 token or more; got {window}.")
         self.window = window
@@ -52,7 +55,12 @@ class DMCLayer(CompressingLayer):
         self.carry = torch.zeros((0, 0, 0, 0))
 
     def _empty(self) -> "DMCLayer":
-        return DMCLayer(self.window, sliding=self.sliding, form=self.form, strict=self.strict)
+        frozen = self.frozen
+        if frozen is not None:
+            frozen = frozen.holding(FrozenSlots(Codec(self.form)))
+        return DMCLayer(
+            self.window, sliding=self.sliding, form=self.form, strict=self.strict, frozen=frozen
+        )
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mnemon.errors import CacheError
 from mnemon.layers.compressing import Call, CompressingLayer, Past
+from mnemon.layers.frozen_slots import Codec, Frozen, FrozenSlots
 from mnemon.schemes import PackedFormat
 
 __all__ = ["DMSLayer"]
@@ -31,6 +32,7 @@ class DMSLayer(CompressingLayer):
         sliding: tokens that a query sees at most, itself included; None for all.
         form: a packed format for slots that do not change any more; None for the model's dtype.
         strict: refuse `append` without decisions.
+        frozen: where such slots go; None: nowhere, or to the device in `form`.
 
     Source:
         DMS (2506.05345), the inference cache of section 3.
@@ -47,8 +49,9 @@ class DMSLayer(CompressingLayer):
         sliding: int | None = None,
         form: PackedFormat | None = None,
         strict: bool = False,
+        frozen: Frozen | None = None,
     ) -> None:
-        super().__init__(sliding=sliding, form=form, strict=strict)
+        super().__init__(sliding=sliding, form=form, strict=strict, frozen=frozen)
         if window < 0:
             raise CacheError(f"A window of DMS holds 0 tokens or more; got {window}.")
         self.window = window
@@ -59,7 +62,12 @@ class DMSLayer(CompressingLayer):
         return self.window + 1
 
     def _empty(self) -> "DMSLayer":
-        return DMSLayer(self.window, sliding=self.sliding, form=self.form, strict=self.strict)
+        frozen = self.frozen
+        if frozen is not None:
+            frozen = frozen.holding(FrozenSlots(Codec(self.form)))
+        return DMSLayer(
+            self.window, sliding=self.sliding, form=self.form, strict=self.strict, frozen=frozen
+        )
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ class TieredLayer(CacheLayer):
         self,
         tier: Tier,
         hot: HotFormat,
-        order: LayerOrder,
+        order: "LayerOrder[TieredLayer]",
         *,
         max_tokens: int | None = None,
         segment_tokens: int | None = None,

@@ -2,9 +2,11 @@
 
 from typing import final
 
+from mnemon.layers.frozen_slots import Codec
 from mnemon.layers.hot import DenseHot, PackedHot
 from mnemon.layers.order import LayerOrder
 from mnemon.layers.tiered import TieredLayer
+from mnemon.layers.tiered_slots import TieredSlots
 from mnemon.recipe import Recipe, Term
 from mnemon.schemes import PackedFormat
 from mnemon.tiers import DiskTier, HostTier, Tier
@@ -27,7 +29,8 @@ class Tiering:
         self, term: Term, form: PackedFormat | None = None, max_tokens: int | None = None
     ) -> None:
         self.tier = _tier(term)
-        self.order = LayerOrder()
+        self.order = LayerOrder[TieredLayer]()
+        self.slots_order = LayerOrder[TieredSlots]()
         self.form = form
         self.max_tokens = max_tokens
         segment = dict(term.options).get("segment")
@@ -50,6 +53,10 @@ class Tiering:
             max_tokens=self.max_tokens,
             segment_tokens=self.segment_tokens,
         )
+
+    def slots(self) -> TieredSlots:
+        """The same for the slots of a model that compresses its cache."""
+        return TieredSlots(self.tier, self.slots_order, Codec(self.form), self.segment_tokens)
 
 
 def _tier(term: Term) -> Tier:

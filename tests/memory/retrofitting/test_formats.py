@@ -179,7 +179,7 @@ def test_files_of_packed_slots(tmp_path: Path) -> None:
 
 def test_recipes_that_do_not_fit_are_refused() -> None:
     config = deciding_model(method="dms").config
-    for recipe in ("static(64)", "host", "disk"):
+    for recipe in ("static(64)", "window(64)"):
         with pytest.raises(RecipeError, match="dms"):
             mnemon.Cache(config, recipe)
     sliding = deciding_model("mistral", "dmc", 12, sliding_window=16).config
@@ -187,3 +187,54 @@ def test_recipes_that_do_not_fit_are_refused() -> None:
         mnemon.Cache(sliding, "int4")
     with pytest.raises(CacheError, match="16 tokens"):
         DMSLayer(4, sliding=16, form=parse("int4").packed)
+
+
+@pytest.mark.parametrize("recipe", ["host", "disk", "int8 + host", "int4 + disk"])
+@cases
+def test_tiers_give_what_the_device_gives(method: str, window: int, recipe: str) -> None:
+    model = deciding_model(method=method, window=window, dtype=torch.float32, head_dim=32)
+    ids = some_ids(2, 700)
+    form = recipe.split(" + ")[0] if "+" in recipe else "dense"
+    tier = recipe.split(" + ")[-1]
+    packed = "" if form == "dense" else f"{form}(residual=0)"
+    tiered = mnemon.Cache(model.config, " + ".join(filter(None, [packed, f"{tier}(segment=64)"])))
+    device = mnemon.Cache(model.config, packed)
+    with torch.no_grad():
+        for start, stop in ((0, 400), *((at, at + 1) for at in range(400, 410)), (410, 690)):
+            model(ids[:, start:stop], past_key_values=device)
+            model(ids[:, start:stop], past_key_values=tiered)
+        places = tiered.nbytes_by_place()
+        # The disk tier keeps in memory what fits there.
+        assert places.get("host", 0) + places.get("disk", 0) > 0
+        assert places["device"] < 0.75 * device.nbytes
+        for one, other in zip(tiered.layers, device.layers, strict=True):
+            assert torch.equal(one.head_lengths(), other.head_lengths())
+        rest = ids[:, 690:]
+        expected = model(rest, past_key_values=device.fork()).logits
+        within = {"rtol": 1e-3, "atol": 1e-3} if form == "dense" else {"rtol": 0.3, "atol": 0.3}
+        got = model(rest, past_key_values=tiered.fork()).logits
+        torch.testing.assert_close(got, expected, **within)
+        order = torch.tensor([1, 0])
+        moved = tiered.fork()
+        moved.reorder_cache(order)
+        swapped = model(rest[order], past_key_values=moved).logits
+        torch.testing.assert_close(swapped, got[order], rtol=1e-4, atol=1e-4)
+        merged = mnemon.Cache.merge([tiered.extract(0), tiered.extract(1)])
+        again = model(rest, past_key_values=merged).logits
+        torch.testing.assert_close(again, got, rtol=1e-4, atol=1e-4)
+        one = ids[:, -1:]
+        step = model(one, past_key_values=tiered).logits
+        torch.testing.assert_close(step, model(one, past_key_values=device).logits, **within)
+
+
+def test_files_of_slots_in_a_tier(tmp_path: Path) -> None:
+    model = deciding_model(method="dms", dtype=torch.float32, head_dim=32)
+    ids, one = some_ids(2, 400), some_ids(2, 1, 5)
+    cache = mnemon.Cache(model.config, "disk(segment=64)")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.save(tmp_path / "cache", model=model)
+        loaded = mnemon.load_cache(tmp_path / "cache", model)
+        assert set(loaded.nbytes_by_place()) > {"device"}
+        got = model(one, past_key_values=loaded).logits
+        torch.testing.assert_close(got, model(one, past_key_values=cache).logits)

@@ -5,6 +5,7 @@ is stored afterwards. A single token is stored first and then sees every live sl
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, final
 
 import torch
@@ -17,6 +18,7 @@ from mnemon.errors import LearnedMemoryError
 from mnemon.hf import compressing as hf
 from mnemon.layers.compressing import Call, CompressingLayer, Past
 from mnemon.layers.dmc import DMCLayer
+from mnemon.layers.frozen_slots import FrozenPart
 from mnemon.memory.retrofitting.control import Control
 from mnemon.memory.retrofitting.parallel import drop_scores, pool, shift_left
 from mnemon.memory.retrofitting.parts import Decided, first_tokens, place, valid_tokens
@@ -155,22 +157,24 @@ def _attend_one(layer: CompressingLayer, query: Tensor, scale: float) -> Tensor:
     """One query over all live slots, its own among them."""
     slots = layer.slots
     keys, values = (part[:, :, : slots.bound] for part in slots.parts[:2])
-    seen, frozen = layer.visible(), layer.frozen_past()
-    native = query.device.type == "cpu" and seen is None and cpu.serves(query, keys, values)
-    if native and not frozen:
-        return cpu.decode(query, keys, values, scale=scale, lengths=slots.lengths)
-    if native and layer.frozen is not None:
-        parts = [
-            cpu.decode_part(query, frozen[0].keys, frozen[0].values, scale=scale,
-                            lengths=layer.frozen.lengths()),
-            cpu.decode_part(query, keys, values, scale=scale, lengths=slots.lengths),
-        ]  # fmt: skip
-        outs, lses = zip(*parts, strict=True)
+    seen = layer.visible()
+    has_frozen = layer.frozen is not None and not layer.frozen.is_empty
+    if query.device.type == "cpu" and seen is None and cpu.serves(query, keys, values):
+        if not has_frozen:
+            return cpu.decode(query, keys, values, scale=scale, lengths=slots.lengths)
+        newest = FrozenPart(keys, values, slots.lengths)
+        outs, lses = [], []
+        for part in chain(layer.frozen_past(), [newest]):
+            out, lse = cpu.decode_part(
+                query, part.keys, part.values, scale=scale, lengths=part.lengths
+            )
+            outs.append(out)
+            lses.append(lse)
         return merge_parts(outs, lses).to(query.dtype)
     live = slots.live() if seen is None else seen
     longest = live.shape[-1]
     dense = Past(keys[:, :, :longest], values[:, :, :longest], live[:, :, None])
-    return _attend_parts(query, [*frozen, dense], scale)
+    return _attend_parts(query, layer, [dense], scale)
 
 
 def _attend_piece(
@@ -178,7 +182,7 @@ def _attend_piece(
 ) -> Tensor:
     """The queries of a piece over the slots before it and over the piece itself."""
     num_new = call.keys.shape[2]
-    past = [*layer.frozen_past(), *layer.past(call)]
+    past = layer.past(call)
     plain = call.valid is None and layer.sliding is None and not bool(call.decisions.any())
     if not past and plain:
         return attend(query, call.keys, call.values, scale=scale, causal=True)
@@ -187,16 +191,21 @@ def _attend_piece(
     seen = drop_scores(kept, window, num_new, layer.sliding) == 0
     if call.valid is not None:
         seen = seen & call.valid[:, None, None]
-    return _attend_parts(query, [*past, Past(call.keys, call.values, seen)], scale)
+    return _attend_parts(query, layer, [*past, Past(call.keys, call.values, seen)], scale)
 
 
-def _attend_parts(query: Tensor, parts: Sequence[Past], scale: float) -> Tensor:
-    """Several parts of the slots, each under its own mask."""
+def _attend_parts(
+    query: Tensor, layer: CompressingLayer, parts: Sequence[Past], scale: float
+) -> Tensor:
+    """The frozen slots and several parts of the others, each under its own mask."""
     group = query.shape[1] // parts[0].keys.shape[1]
-    if query.dtype == torch.float64 or len(parts) == 1:
-        return _attend_together(query, parts, scale)
+    whole = (Past(part.keys, part.values, part.live()[:, :, None]) for part in layer.frozen_past())
+    if query.dtype == torch.float64:
+        # What is merged is float32. A stream's part is gone with the next one: keep copies.
+        frozen = [Past(part.keys.clone(), part.values.clone(), part.seen) for part in whole]
+        return _attend_together(query, [*frozen, *parts], scale)
     outs, lses = [], []
-    for keys, values, seen in parts:
+    for keys, values, seen in chain(whole, parts):
         mask = seen.repeat_interleave(group, dim=1)
         out, lse = attend_part(query, keys, values, mask=mask, scale=scale)
         outs.append(out)
