@@ -27,16 +27,23 @@ ROOT = Path(__file__).resolve().parents[1]
 #: What reads transformers or is read by it. tests/matrix is first: its conftest prints the matrix.
 SUITES = (
     "tests/matrix",
-    "tests/contract",
+    "tests/contract/test_views.py",
     "tests/hf",
-    "tests/attention",
+    "tests/attention/test_enabling.py",
+    "tests/attention/test_models.py",
     "tests/files",
     "tests/names",
     "tests/legacy",
     *(f"tests/test_{name}.py" for name in ("cache", "legacy_form", "binding", "prefill")),
     *(f"tests/test_{name}.py" for name in ("binding_generate", "binding_tracking", "files")),
     *(f"tests/test_{name}.py" for name in ("errors", "exports", "recipe", "token_log")),
+    "tests/memory/retrofitting/test_generate.py",
+    "tests/memory/retrofitting/test_adapter.py",
 )
+#: Of the layers' contract only the classes that models of a release bring depend on it; 4.57 has
+#: none of them.
+CONTRACT = ("tests/contract/test_layers.py", "tests/contract/test_machines.py")
+WITHOUT_CLASSES = ("4.57",)
 KINDS = {"equal": "green", "different": "bold red", "error": "bold red", "n/a": "dim"}
 
 
@@ -70,6 +77,7 @@ def run(release: str, workers: int) -> Result:
         report = Path(folder) / "report.xml"
         command = [str(python), "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup"]
         command += [f"--junitxml={report}", *SUITES]
+        command += [] if release in WITHOUT_CLASSES else CONTRACT
         begin = time.monotonic()
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         result = Result(release, status, time.monotonic() - begin)

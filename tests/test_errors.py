@@ -15,6 +15,7 @@ BUILTIN = {
     "DiffusionError": ValueError,
     "NoSites": ValueError,
     "ExportError": ValueError,
+    "LearnedMemoryError": ValueError,
     "MigrateError": ValueError,
     "ZooError": RuntimeError,
     "DependencyError": ImportError,

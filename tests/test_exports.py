@@ -12,7 +12,7 @@ import mnemon.errors
 def test_public_names() -> None:
     assert mnemon.__all__ == [
         "Cache", "Recipe", "attach", "detach", "diffusion", "errors", "export_model", "legacy",
-        "load_cache", "load_export", "prefill",
+        "load_cache", "load_export", "memory", "prefill",
     ]  # fmt: skip
     for name in mnemon.__all__:
         assert getattr(mnemon, name) is not None

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mnemon import Cache, planner
+from mnemon import Cache, attach, planner
 from mnemon.errors import PlanError, RecipeError
 from mnemon.planner.families import COMPOSITES, ENCODER_DECODER, MODEL_TYPES
 from mnemon.planner.layer_types import NOTHING
@@ -362,3 +362,34 @@ def test_plans_are_plain_values() -> None:
     assert dataclasses.is_dataclass(planner.CachePlan) is False
     plan = planner.plan_cache(planner.plan_model(llama()), 5)
     assert json.loads(json.dumps(plan._asdict()))["recipe"] == "dense"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon_h1", "gpt2", "bart"])
+@pytest.mark.parametrize(
+    "text",
+    ["window(7, every=2)", "sinks(2) + window(0.4)", "h2o(keep=9)", "random(keep=9) + int4",
+     "tova(keep=0.99) + int4(residual=0)", "h2o(keep=66) + int8(residual=0)"],
+)  # fmt: skip
+def test_policies_are_exact(name: str, text: str) -> None:
+    model, make_inputs = ROWS[name].build()
+    model, recipe = model.to(torch.bfloat16), parse(text)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 99)
+    length = LENGTH if (limit or 99) < 70 else 70
+    inputs = make_inputs(BATCH, length)
+    cache = Cache(model.config, recipe)
+    with attach(model):
+        forward(model, inputs, cache)
+    decoder = inputs.get("decoder_input_ids")
+    seen = (inputs["input_ids"] if decoder is None else decoder).shape[1]
+    plan = planner.plan_cache(
+        planner.plan_model(saved(model.config)),
+        seen,
+        BATCH,
+        packed=recipe.packed,
+        bound=recipe.bound,
+        source=inputs["input_ids"].shape[1] if decoder is not None else None,
+    )
+    assert cache.num_tokens == seen
+    assert plan.stored_bytes == cache.nbytes
+    assert plan.reserved_bytes >= plan.stored_bytes
+    assert plan.token_bytes >= 0

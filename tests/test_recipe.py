@@ -65,9 +65,43 @@ def test_what_packed_options_mean() -> None:
     assert parse("static(4)").packed is None
 
 
+@pytest.mark.parametrize(
+    ("text", "canonical", "bound"),
+    [
+        ("window(4k)", "window(4096) + dense", (4096, 0, None, 0)),
+        ("WINDOW(0.25) + int4", "window(0.25) + int4", (0.25, 0, None, 0)),
+        ("window(8, every=1) + sinks(4)", "sinks(4) + window(8, every=1) + dense", (8, 4, 1, 0)),
+        ("random(seed=3, keep=.5)", "random(keep=0.5, seed=3) + dense", (0.5, 0, None, 4)),
+        ("h2o(keep=64, recent=0)", "h2o(keep=64, recent=0) + dense", (64, 0, None, 4)),
+        ("tova(keep=1.0, every=2)", "tova(every=2, keep=1.0) + dense", (1.0, 0, 2, 0)),
+        ("int4", "int4", None),
+    ],
+)
+def test_policies(text: str, canonical: str, bound: tuple[object, ...] | None) -> None:
+    recipe = parse(text)
+    assert str(recipe) == canonical
+    assert parse(canonical) == recipe
+    assert recipe.bound == bound
+
+
+def test_what_a_bound_means() -> None:
+    bound = parse("sinks(4) + window(64)").bound
+    assert bound is not None
+    assert (bound.most(1000), bound.least(1000)) == (68, 64)
+    bound = parse("h2o(keep=0.25, every=1)").bound
+    assert bound is not None
+    assert [bound.most(n) for n in (1, 4, 7, 8, 100)] == [1, 1, 1, 2, 25]
+    assert bound.least(100) == 25
+
+
 def test_available_terms_parse() -> None:
     packed = ("int8", "int4", "int2", "fp8")
-    assert available() == ("dense", "static(4096)", *packed, "host", "disk(memory=256MiB)")
+    policies = (
+        "window(4096)", "sinks(4) + window(4096)", "random(keep=0.25)", "h2o(keep=1024)",
+        "tova(keep=1024)",
+    )  # fmt: skip
+    tiers = ("host", "disk(memory=256MiB)")
+    assert available() == ("dense", "static(4096)", *packed, *policies, *tiers)
     for term in available():
         parse(term)
 
@@ -75,7 +109,7 @@ def test_available_terms_parse() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("sinks(4) + window(4096)", "not there yet"),
+        ("key_norm(keep=0.25)", "not there yet"),
         ("snapkv(keep=0.25) + int4 + host", "not there yet"),
         ("static(4096) + int4", "2 formats"),
         ("int4 + int8", "2 formats"),
@@ -110,6 +144,28 @@ def test_available_terms_parse() -> None:
         ("__import__('os').system('true')", "Cannot read"),
         ("x" * (MAX_LENGTH + 1), "at most"),
         ("static(9999999999999)", "one positive number"),
+        ("window", "window takes a whole number of tokens or a decimal fraction"),
+        ("window(0)", "window takes"),
+        ("window(keep=4)", "window takes"),
+        ("window(0.0001)", "0.001..1"),
+        ("window(1.5)", "window takes"),
+        ("window(4, every=5)", "at most the 4 tokens"),
+        ("window(4, every=0)", "between drops"),
+        ("sinks(4)", "give it a window"),
+        ("sinks(0.5) + window(4)", "sinks takes a whole number"),
+        ("sinks(4) + h2o(keep=4)", "one policy decides"),
+        ("h2o(keep=4) + tova(keep=4)", "Valid are window(4096)"),
+        ("random(keep=4) + window(4)", "one policy decides"),
+        ("h2o(1024)", "h2o(keep=1024, recent=0.5)"),
+        ("h2o", "h2o takes"),
+        ("h2o(keep=4, recent=1.5)", "share of the newest"),
+        ("h2o(keep=4, recent=yes)", "share of the newest"),
+        ("h2o(keep=4, seed=1)", "h2o takes"),
+        ("tova(keep=4, recent=0.5)", "tova takes"),
+        ("random(keep=4, seed=half)", "seed of random"),
+        ("static(64) + window(8)", "Use a format that grows"),
+        ("h2o(keep=4) + host", "would be read from the tier"),
+        ("tova(keep=0.5) + disk", "would be read from the tier"),
         ("snapkv(1, keep=2, keep=3)", "twice"),
         ("snapkv(keep=2, 1)", "before key=value"),
     ],
@@ -125,7 +181,8 @@ def test_only_text(junk: object) -> None:
         parse(junk)  # type: ignore[arg-type]
 
 
-_PIECES = "dense static int4 window host ( ) + / , = 4k 4096 1.5 - é __import__ lambda { ٣".split()
+_PIECES = "dense static int4 window sinks h2o keep= 0.25 host".split()
+_PIECES += "( ) + / , = 4k 4096 1.5 - é __import__ lambda { ٣".split()
 _WORDS = st.sampled_from([*_PIECES, " ", "\n", "\x00"])
 
 

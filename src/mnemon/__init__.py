@@ -37,12 +37,13 @@ __all__ = [
     "legacy",
     "load_cache",
     "load_export",
+    "memory",
     "prefill",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("diffusion", "errors", "legacy"):
+    if name in ("diffusion", "errors", "legacy", "memory"):
         return import_module(f"mnemon.{name}")
     if name == "__version__":
         value = _version()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
+from mnemon.bounds import LEAST_FRACTION, Bound
 from mnemon.errors import RecipeError
 from mnemon.schemes import CODES, PackedFormat
 
@@ -52,10 +53,12 @@ _TERMS: dict[str, _Known] = {
     "dense": _Known(role=Role.FORMAT, ready=True, usage="dense"),
     "static": _Known(role=Role.FORMAT, ready=True, usage="static(4096)"),
     **{name: _Known(role=Role.FORMAT, ready=True, usage=name) for name in CODES},
-    **{
-        name: _Known(role=Role.POLICY)
-        for name in ("window", "sinks", "random", "snapkv", "h2o", "tova", "key_norm", "dmc", "dms")
-    },
+    "window": _Known(role=Role.POLICY, ready=True, usage="window(4096)"),
+    "sinks": _Known(role=Role.POLICY, ready=True, usage="sinks(4) + window(4096)"),
+    "random": _Known(role=Role.POLICY, ready=True, usage="random(keep=0.25)"),
+    "h2o": _Known(role=Role.POLICY, ready=True, usage="h2o(keep=1024)"),
+    "tova": _Known(role=Role.POLICY, ready=True, usage="tova(keep=1024)"),
+    **{name: _Known(role=Role.POLICY) for name in ("snapkv", "key_norm", "dmc", "dms")},
     "host": _Known(role=Role.TIER, ready=True, usage="host"),
     "disk": _Known(role=Role.TIER, ready=True, usage="disk(memory=256MiB)"),
 }
@@ -102,6 +105,11 @@ class Recipe:
     def packed(self) -> PackedFormat | None:
         """How keys and values are quantized; None for the model's dtype."""
         return None if self.format.name in ("dense", "static") else _packed(self.format)
+
+    @property
+    def bound(self) -> Bound | None:
+        """How many tokens a layer holds under the recipe's policies; None for every token."""
+        return _bound(self.policies)
 
 
 def available() -> tuple[str, ...]:
@@ -153,6 +161,7 @@ def parse(text: "str | Recipe | None") -> Recipe:
     _check_format(recipe.format)
     if recipe.tier is not None:
         _check_tier(recipe.tier)
+    _check_policies(recipe)
     return recipe
 
 
@@ -331,6 +340,111 @@ _TIER_OPTIONS = {
         "(how large it may become) and segment=1024 (tokens that move at once)"
     ),
 }
+
+
+#: What each policy takes, and how it is written. A policy without `keep` takes one plain number.
+_POLICY_OPTIONS: dict[str, tuple[str, ...]] = {
+    "window": ("every",),
+    "sinks": (),
+    "random": ("every", "keep", "seed"),
+    "h2o": ("every", "keep", "recent"),
+    "tova": ("every", "keep"),
+}
+_POLICY_USAGE = {
+    "window": "window(4096) or window(0.25)",
+    "sinks": "sinks(4) + window(4096)",
+    "random": "random(keep=1024, seed=0)",
+    "h2o": "h2o(keep=1024, recent=0.5)",
+    "tova": "tova(keep=1024)",
+}
+_SCORED = ("h2o", "tova")  # they weigh every key at every step
+_MOST_TOKENS = 2**40
+_SCORE_BYTES = 4
+
+
+def _check_policies(recipe: Recipe) -> None:
+    """Refuse policies that do not go together, or not with the rest of the recipe."""
+    names = tuple(sorted(term.name for term in recipe.policies if term.name in _POLICY_OPTIONS))
+    if not names:
+        return
+    if len(recipe.policies) > 1 and names != ("sinks", "window"):
+        terms = " + ".join(str(term) for term in recipe.policies)
+        raise RecipeError(
+            f"{terms} cannot be combined: one policy decides what stays. Valid are "
+            f"{', '.join(_POLICY_USAGE.values())}."
+        )
+    if names == ("sinks",):
+        raise RecipeError(
+            f"{recipe.policies[0]} alone would forget what was just said; give it a window: "
+            f"{_POLICY_USAGE['sinks']}."
+        )
+    for term in recipe.policies:
+        _check_policy(term)
+    if recipe.format.name == "static":
+        raise RecipeError(
+            f"{recipe}: static(n) makes room for every token and a policy drops some. Use a format "
+            f"that grows: dense, {', '.join(CODES)}."
+        )
+    if recipe.tier is not None and names[0] in _SCORED:
+        raise RecipeError(
+            f"{recipe}: {names[0]} weighs every key at every step, which would be read from the "
+            f"tier once more. With {recipe.tier.name} use {_POLICY_USAGE['window']}, "
+            f"{_POLICY_USAGE['sinks']} or {_POLICY_USAGE['random']}, or leave the tier out."
+        )
+
+
+def _check_policy(term: Term) -> None:
+    name, options, taken = term.name, dict(term.options), _POLICY_OPTIONS[term.name]
+    number = options.get("keep") if "keep" in taken else (term.args or (None,))[0]
+    plain = 0 if "keep" in taken else 1
+    fits = len(term.args) == plain and set(options) <= set(taken)
+    if not fits or not _is_amount(number, fraction=name != "sinks"):
+        amount = "a whole number of tokens" + (
+            "" if name == "sinks" else f" or a decimal fraction of those seen ({LEAST_FRACTION}..1)"
+        )
+        others = [f"{option}=" for option in taken if option != "keep"]
+        raise RecipeError(
+            f"{name} takes {amount}{' and ' if others else ''}{', '.join(others)}, e.g. "
+            f"{_POLICY_USAGE[name]}; got {term}."
+        )
+    every, seed, recent = (options.get(option) for option in ("every", "seed", "recent"))
+    if every is not None and not _is_amount(every, fraction=False):
+        raise RecipeError(f"every of {name} is the number of tokens between drops; got {term}.")
+    if isinstance(every, int) and isinstance(number, int) and every > number:
+        raise RecipeError(f"every of {name} is at most the {number} tokens it keeps; got {term}.")
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+        raise RecipeError(f"seed of {name} is a whole number below 2**63; got {term}.")
+    if recent is not None and not (
+        not isinstance(recent, str) and (recent == 0 or LEAST_FRACTION <= recent <= 1)
+    ):
+        raise RecipeError(
+            f"recent of {name} is the share of the newest tokens in what is kept, 0 or "
+            f"{LEAST_FRACTION} to 1; got {term}."
+        )
+
+
+def _is_amount(value: Value | None, *, fraction: bool) -> bool:
+    if isinstance(value, int):
+        return 1 <= value <= _MOST_TOKENS
+    return isinstance(value, float) and fraction and LEAST_FRACTION <= value <= 1
+
+
+def _bound(policies: tuple[Term, ...]) -> Bound | None:
+    """The bound that checked policies set; None where they let the model decide."""
+    found = {term.name: term for term in policies if term.name in _POLICY_OPTIONS}
+    main = next((term for name, term in found.items() if name != "sinks"), None)
+    if main is None:
+        return None
+    options = dict(main.options)
+    keep = main.args[0] if main.name == "window" else options["keep"]
+    every = options.get("every")
+    assert not isinstance(keep, str)
+    return Bound(
+        keep=keep,
+        sinks=int(found["sinks"].args[0]) if "sinks" in found else 0,
+        every=None if every is None else int(every),
+        score_bytes=_SCORE_BYTES if main.name in ("h2o", "random") else 0,
+    )
 
 
 def _valid() -> str:

@@ -14,6 +14,8 @@ from mnemon.layers import (
     CacheLayer,
     CrossLayer,
     DenseLayer,
+    DMCLayer,
+    DMSLayer,
     ForeignLayer,
     HybridLayer,
     IndexerLayer,
@@ -28,6 +30,7 @@ from mnemon.layers import (
 from mnemon.layers.hot import DenseHot
 from mnemon.layers.order import LayerOrder
 from mnemon.layers.tiered import TieredLayer
+from mnemon.policies import PolicyLayer, policy_of
 from mnemon.recipe import parse
 from mnemon.schemes import PackedFormat
 from mnemon.tiers import DiskTier, HostTier, Tier
@@ -301,6 +304,7 @@ class Kind:
         counts_rows: knows its batch size.
         shares_rows: rows that were repeated share memory, which `nbytes` counts once.
         has_history: what it stores depends on the way there (blocks that were opened again).
+        records: has `set_recording`.
         needs: a model type of transformers that it comes from.
     """
 
@@ -317,6 +321,7 @@ class Kind:
     counts_rows: bool = True
     shares_rows: bool = False
     has_history: bool = False
+    records: bool = True
     needs: str = ""
 
     def __str__(self) -> str:
@@ -392,6 +397,13 @@ def _packed(text: str) -> PackedFormat:
     return form
 
 
+def _under(text: str, inner: Callable[[], CacheLayer]) -> Callable[[], CacheLayer]:
+    """A layer under a policy that lets it hold more than the suite feeds."""
+    policy = policy_of(parse(text))
+    assert policy is not None
+    return lambda: PolicyLayer(inner(), policy, 3)
+
+
 _PAST = WINDOW - 1
 _STATES = States(recurrent=True)
 _CONV = States(recurrent=False)
@@ -456,6 +468,66 @@ _KINDS: tuple[Kind, ...] = (
         roles=(Tokens(within=0.45), _STATES),
         crops_within=lambda seen: 0,
         has_history=True,
+    ),
+    Kind(
+        name="dms",
+        make=lambda: DMSLayer(WINDOW - 1),
+        roles=(Tokens(),),
+        crops_within=lambda seen: seen if seen <= WINDOW else 0,
+        has_history=True,  # marks lie beside the slots
+    ),
+    Kind(
+        name="dms-sliding",
+        make=lambda: DMSLayer(1, sliding=1000),
+        roles=(Tokens(),),
+        crops_within=lambda seen: 0,
+        has_history=True,
+    ),
+    Kind(
+        name="dms-packed",
+        make=lambda: Stretched(
+            DMSLayer(WINDOW - 1, form=_packed("int8(residual=0, rotate=no, keys=token)"))
+        ),
+        roles=(Tokens(within=0.45),),
+        crops_within=lambda seen: 0,
+        has_history=True,
+    ),
+    Kind(name="dmc", make=DMCLayer, roles=(Tokens(),), crops_within=lambda seen: 0),
+    Kind(
+        name="under-window",
+        make=_under("sinks(4) + window(1000)", DenseLayer),
+        roles=(Tokens(),),
+        keeps=True,
+        shares=True,
+        has_history=True,
+    ),
+    Kind(
+        name="under-random-tiered",
+        make=_under("random(keep=1000)", lambda: _tiered(HostTier())),
+        roles=(Tokens(),),
+        keeps=True,
+        promotes=False,
+        has_history=True,
+    ),
+    Kind(
+        name="under-h2o-packed",
+        make=_under(
+            "h2o(keep=1000)",
+            lambda: Stretched(PackedLayer(_packed("int8(residual=20, rotate=no, keys=token)"))),
+        ),
+        roles=(Tokens(within=0.45),),
+        keeps=True,
+        has_history=True,
+        records=False,
+    ),
+    Kind(
+        name="under-tova",
+        make=_under("tova(keep=1000)", DenseLayer),
+        roles=(Tokens(),),
+        keeps=True,
+        shares=True,
+        has_history=True,
+        records=False,
     ),
     Kind(
         name="cross",

@@ -10,6 +10,7 @@ from mnemon.attention.packed import attend_packed
 from mnemon.attention.stream import StreamedTensor, attend_stream
 from mnemon.attention.triton import decode as decode_on_gpu
 from mnemon.attention.triton import supports as served_on_gpu
+from mnemon.attention.watched import WatchedTensor, report
 from mnemon.errors import CacheError
 from mnemon.formats import PackedTensor
 from mnemon.types import Keys, Queries, Values
@@ -38,7 +39,8 @@ def attend(
     Args:
         query: queries, [batch, heads, new, head_dim].
         keys: keys, [batch, kv_heads, tokens, head_dim], strided as a buffer with reserve hands
-            them out; ``heads`` is a multiple of ``kv_heads``. A `PackedTensor` is read packed.
+            them out; ``heads`` is a multiple of ``kv_heads``. A `PackedTensor` is read packed; who
+            watches a `WatchedTensor` is told.
         values: values, [batch, kv_heads, tokens, value_dim]; value_dim may differ from head_dim.
             Packed where the keys are.
         mask: which tokens are seen: bool (True = seen) or numbers added to the scores;
@@ -62,6 +64,17 @@ def attend(
     check_shapes(query, keys, values, mask)
     if bias is not None and bias.ndim < 4:
         bias = bias[(None,) * (4 - bias.ndim)]
+    if isinstance(keys, WatchedTensor):
+        mask = keys.watch.mask(mask, query)
+        attended = attend(
+            query, keys.content, values,
+            mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks, bias=bias,
+        )  # fmt: skip
+        report(
+            keys.watch, query, keys.content,
+            mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks, bias=bias,
+        )  # fmt: skip
+        return attended
     if (
         isinstance(keys, StreamedTensor)
         and isinstance(values, StreamedTensor)

@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["explicit_attention", "fold_mask", "fold_rows", "fused_attention", "spread_attention"]
+__all__ = [
+    "explicit_attention",
+    "fold_mask",
+    "fold_rows",
+    "fused_attention",
+    "product",
+    "spread_attention",
+]
 
 # Rows of a score matrix that are held at once when it has to be written out (soft-capping, sinks):
 # a long prompt then needs rows * tokens numbers per head instead of tokens ** 2.
@@ -139,7 +146,7 @@ def explicit_attention(
     return torch.cat(parts, dim=2)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` for [batch, kv_heads, ..], where heads may lie far apart in memory."""
     few = left.shape[2] <= _FEW_ROWS
     if not few or left.dtype == torch.float32 or left.device.type != "cpu":
@@ -183,7 +190,7 @@ def _explicit_folded(
     sinks: Tensor | None,
 ) -> Tensor:
     """The maths of `explicit_attention` on folded rows; ``sinks`` is [1, kv_heads, rows, 1]."""
-    scores = _product(rows, keys.transpose(-1, -2)).float()
+    scores = product(rows, keys.transpose(-1, -2)).float()
     scores = scores * (rows.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -205,4 +212,4 @@ def _explicit_folded(
     if sinks is not None:
         total = total + torch.exp(sinks - top)
     weights = weights / total.clamp(min=torch.finfo(scores.dtype).tiny)
-    return _product(weights.to(values.dtype), values)
+    return product(weights.to(values.dtype), values)

@@ -19,7 +19,7 @@ from mnemon.errors import CacheError
 from mnemon.formats import BLOCK_TOKENS, PackedHalf, rotate
 from mnemon.types import Queries
 
-__all__ = ["TILE_TOKENS", "attend_packed", "packed_part"]
+__all__ = ["TILE_TOKENS", "attend_packed", "key_tiles", "packed_part"]
 
 TILE_TOKENS = 2048
 """Tokens that are dequantized at once."""
@@ -112,6 +112,17 @@ def packed_part(
         out = query.new_zeros((*query.shape[:-1], values.tail.shape[-1]), dtype=torch.float32)
         return out, torch.full_like(out[..., 0], -torch.inf)
     return part
+
+
+def key_tiles(
+    half: PackedHalf, stop: int, dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor, bool]]:
+    """The first `stop` tokens a tile at a time: where it begins and ends, its numbers, and whether
+    they are rotated (a rotated query then gives the same dot products)."""
+    cuts = sorted({0, min(half.num_packed, stop), stop})
+    is_rotated = half.side is not None and half.side.scheme.rotated
+    for start, end in _tiles(cuts, half.num_packed, half.num_skipped):
+        yield start, end, _read(half, start, end, dtype), is_rotated and start < half.num_packed
 
 
 def _tiles(cuts: list[int], packed: int, skipped: int) -> Iterator[tuple[int, int]]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mnemon import layers as kinds
+from mnemon import policies
 from mnemon.cache.pair import EncoderDecoderCache
 from mnemon.cache.plain import Cache
 from mnemon.errors import CacheError
@@ -174,7 +175,7 @@ def _without_config(entries: list[Entry], recipe: Recipe, paired: bool) -> Cache
             "The tuple has no layers, and nothing else says how many there are: pass the model's "
             "config, or make an empty cache with mnemon.Cache(config)."
         )
-    own = kinds.build_all([LayerSpec()] * len(entries), recipe)
+    own = policies.build_all([LayerSpec()] * len(entries), recipe)
     if not paired:
         return Cache._of(PreTrainedConfig(), recipe, own)
     cache = object.__new__(EncoderDecoderCache)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from mnemon import layers as kinds
+from mnemon import policies
 from mnemon import recipe as recipes
 from mnemon.cache.plain import Cache
 from mnemon.cache.state import CacheState
@@ -61,7 +62,7 @@ class EncoderDecoderCache(Cache, PairFacade):
         self._init_groups(
             config,
             parsed,
-            kinds.build_all(specs, parsed),
+            policies.build_all(specs, parsed),
             [kinds.CrossLayer() for _ in specs],
         )
 

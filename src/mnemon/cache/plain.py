@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Self, cast
 import torch
 from transformers import PreTrainedModel
 
-from mnemon import layers as kinds
+from mnemon import policies
 from mnemon import recipe as recipes
 from mnemon.cache.state import CacheState, Prefilled
 from mnemon.cache.tokens import NamedTokens
@@ -55,7 +55,7 @@ class Cache(NamedTokens):
     def __init__(self, config: PreTrainedConfig, recipe: str | Recipe = "") -> None:
         parsed = recipes.parse(recipe)
         specs = layer_specs(config)
-        self._init_state(config, parsed, kinds.build_all(specs, parsed))
+        self._init_state(config, parsed, policies.build_all(specs, parsed))
 
     def _init_state(
         self, config: PreTrainedConfig, recipe: Recipe, layers: list[CacheLayer]

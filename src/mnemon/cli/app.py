@@ -26,6 +26,7 @@ COMMANDS = {
     "inspect": ("mnemon.cli.inspect", "What a saved cache holds."),
     "export": ("mnemon.cli.export", "A model with free lengths to ONNX, torch or AOTInductor."),
     "migrate": ("mnemon.cli.migrate", "Old names of the cache API in your code, to modern ones."),
+    "retrofit": ("mnemon.cli.retrofit", "Train a model to compress its own cache: DMC or DMS."),
     "bench": ("mnemon.cli.bench", "Speed and memory against transformers' own caches."),
 }
 # Group -> (the line that `mnemon --help` shows, commands as above).
@@ -55,6 +56,23 @@ GROUPS = {
             ),
         },
     ),
+    "memory": (
+        "Learned memories: what a gated recurrent cache brings, with controls.",
+        {
+            "listops": (
+                "mnemon.cli.memory.listops",
+                "Accuracy on nested lists of digits.",
+            ),
+            "digits": (
+                "mnemon.cli.memory.digits",
+                "Accuracy of a small ViT on scikit-learn's digits.",
+            ),
+            "lm": (
+                "mnemon.cli.memory.lm",
+                "Bits per byte on Python's sources, read in segments.",
+            ),
+        },
+    ),
 }
 EPILOGUE = (
     "Exit codes: 0 done; 1 an error, with a message; 2 wrong usage; 3 it ran and the answer is no "
@@ -62,10 +80,13 @@ EPILOGUE = (
     "name, a folder, or nothing for the bundled model."
 )
 
-GROUP_EPILOGUE = (
-    "Exit codes as in `mnemon --help`. PIPE is the folder of a saved DiTPipeline, or nothing for "
-    "the bundled one. Needs mnemon's extra `diffusion`."
-)
+GROUP_EPILOGUES = {
+    "diffusion": (
+        "Exit codes as in `mnemon --help`. PIPE is the folder of a saved DiTPipeline, or nothing "
+        "for the bundled one. Needs mnemon's extra `diffusion`."
+    ),
+    "memory": "Exit codes as in `mnemon --help`. Needs scikit-learn (mnemon's extra `diffusion`).",
+}
 
 
 def build(*needed: str) -> typer.Typer:
@@ -102,7 +123,7 @@ def build(*needed: str) -> typer.Typer:
     app.callback(invoke_without_command=True)(main_options)
     _add(app, COMMANDS, needed, prefix="")
     for group, (summary, commands) in GROUPS.items():
-        inner = typer.Typer(help=summary, epilog=GROUP_EPILOGUE, no_args_is_help=True)
+        inner = typer.Typer(help=summary, epilog=GROUP_EPILOGUES[group], no_args_is_help=True)
         _add(inner, commands, needed, prefix=f"{group} ")
         app.add_typer(inner, name=group)
     return app

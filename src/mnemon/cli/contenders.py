@@ -116,7 +116,7 @@ def _recipes(config: Any) -> Iterator[Contender]:
 
     for usage in recipe.available():
         parsed = recipe.parse(usage)
-        plain = parsed.format.name in LOSSLESS_FORMATS and parsed.tier is None
+        plain = parsed.format.name in LOSSLESS_FORMATS and not (parsed.tier or parsed.policies)
         # What is packed or lies elsewhere is made to be read by mnemon's attention: without it
         # every step makes all of it dense.
         for attached in (False, True) if plain else (True,):

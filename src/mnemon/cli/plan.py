@@ -35,6 +35,10 @@ def command(
         str | None,
         typer.Option("--source", help="Encoder tokens per row, for encoder-decoder models."),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="A recipe to plan besides, e.g. 'h2o(keep=0.25) + int4'."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Which recipes fit in memory, before anything is loaded.
@@ -49,6 +53,7 @@ def command(
         memory=memory,
         dtype=dtype,
         source=source,
+        cache=cache,
         as_json=as_json,
     )
     raise typer.Exit(code)

@@ -6,12 +6,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnemon import planner
 from mnemon.cli import models, output
 from mnemon.errors import ModelError, PlanError
 from mnemon.schemes import CODES, PackedFormat
+
+if TYPE_CHECKING:
+    from mnemon.bounds import Bound
 
 DEFAULT_CONTEXT = "4096"
 MAX_BATCH = 10**9
@@ -26,6 +29,7 @@ class Options(NamedTuple):
     memory: str | None = None
     dtype: str = "auto"
     source: str | None = None
+    cache: str | None = None
     as_json: bool = False
 
 
@@ -38,6 +42,7 @@ _WITH_VALUE = {
     "-m": "memory",
     "--dtype": "dtype",
     "--source": "source",
+    "--cache": "cache",
 }
 
 
@@ -79,6 +84,7 @@ def run(
     memory: str | None,
     dtype: str,
     source: str | None,
+    cache: str | None = None,
     as_json: bool,
 ) -> int:
     """Plan and print.
@@ -89,7 +95,7 @@ def run(
     Raises:
         MnemonError: a model or value that cannot be planned.
     """
-    plan = make_plan(model, context, batch, memory, dtype, source)
+    plan = make_plan(model, context, batch, memory, dtype, source, cache)
     if as_json:
         output.print_json(plan)
     else:
@@ -106,6 +112,7 @@ def make_plan(
     memory: str | None,
     dtype: str,
     source: str | None,
+    cache: str | None = None,
 ) -> dict[str, Any]:
     """Everything that `mnemon plan --json` prints."""
     num_tokens = _parsed(output.parse_count, context, "--context")
@@ -123,18 +130,15 @@ def make_plan(
     weights = planner.weight_bytes(config, facts, folder, dtype=used, as_saved=used == saved)
 
     rows = []
-    offered: list[tuple[bool, PackedFormat | None]] = [(False, None), (True, None)]
-    offered += [(False, PackedFormat.named(code)) for code in CODES]
-    for is_static, packed in offered:
-        if is_static and facts.model_type in planner.NO_STATIC:
-            continue
-        slots = num_tokens if is_static else None
+    for asked in _offered(cache, num_tokens, facts.model_type):
+        stored: dict[str, Any] = {"packed": asked.packed, "bound": asked.bound}
+        is_static = asked.static is not None
         plan = planner.plan_cache(
             facts, num_tokens, batch,
-            dtype=used, static=slots, packed=packed, source=source_tokens,
+            dtype=used, static=asked.static, source=source_tokens, **stored,
         )  # fmt: skip
         row: dict[str, Any] = {
-            "recipe": plan.recipe,
+            "recipe": asked.name or plan.recipe,
             "bytes_per_token": plan.token_bytes,
             "cache_bytes": plan.reserved_bytes,
             "stored_bytes": plan.stored_bytes,
@@ -144,11 +148,11 @@ def make_plan(
             free = memory_bytes - (weights or 0)
             one = planner.plan_cache(
                 facts, num_tokens, 1,
-                dtype=used, static=slots, packed=packed, source=source_tokens,
+                dtype=used, static=asked.static, source=source_tokens, **stored,
             )  # fmt: skip
             row["fits"] = plan.reserved_bytes <= free
             row["max_context"] = planner.max_context(
-                facts, free, batch, dtype=used, static=is_static, packed=packed
+                facts, free, batch, dtype=used, static=is_static, **stored
             )
             row["max_batch"] = planner.max_batch(one, free)
         else:
@@ -171,9 +175,38 @@ def make_plan(
     }
 
 
-def _parsed(parse: Any, text: str, option: str) -> int:
+class _Asked(NamedTuple):
+    """A recipe of the table, as the planner takes it; without a name the plan's own."""
+
+    static: int | None = None
+    packed: PackedFormat | None = None
+    bound: Bound | None = None
+    name: str = ""
+
+
+def _offered(cache: str | None, num_tokens: int, model_type: str) -> list[_Asked]:
+    """The recipes of the table, the one asked for first."""
+    offered = [_Asked()]
+    if model_type not in planner.NO_STATIC:
+        offered.append(_Asked(static=num_tokens))
+    offered += [_Asked(packed=PackedFormat.named(code)) for code in CODES]
+    if cache is None:
+        return offered
+    from mnemon.recipe import parse  # a third of the time in which a plan without it is there
+
+    recipe = parse(cache)
+    if recipe.tier is not None:
+        raise PlanError(
+            f"--cache: {recipe} keeps bytes in a tier, whose share the planner does not know; "
+            f"leave {recipe.tier.name} out."
+        )
+    asked = _Asked(recipe.static_tokens, recipe.packed, recipe.bound, str(recipe))
+    return [asked, *offered]
+
+
+def _parsed(read: Any, text: str, option: str) -> int:
     try:
-        value: int = parse(text)
+        value: int = read(text)
     except ValueError as error:
         raise PlanError(f"{option}: {error}") from error
     return value

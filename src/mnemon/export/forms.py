@@ -414,4 +414,9 @@ def form_supports(cache: Any) -> Recipe:
             f"The recipe {recipe} has no form in a graph: a graph reads what lies in memory. Leave "
             f"the tier out."
         )
+    if recipe.policies:
+        raise ExportError(
+            f"The recipe {recipe} has no form in a graph: which tokens stay is decided while "
+            f"attention runs. Leave the policy out."
+        )
     return recipe

@@ -9,6 +9,7 @@ so that what an argument means never depends on state. Whatever these functions 
 to the function that the model used before.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mnemon.attention import cpu
 from mnemon.attention.dispatch import FEW_ROWS, attend
 from mnemon.attention.grouped import fused_attention, spread_attention
 from mnemon.attention.stream import StreamedTensor
+from mnemon.attention.watched import WatchedTensor, report
 from mnemon.errors import ModelError
 from mnemon.formats import PackedTensor
 from mnemon.hf.eager import eager_function
@@ -73,6 +75,13 @@ def attention_forward(
         ModelError: soft-capping or sinks together with dropout or attention weights, in a model
             whose own function cannot be found.
     """
+    if isinstance(key, WatchedTensor):
+        return _watched(
+            attention_forward, module, query, key, value, attention_mask,
+            causal=query.shape[2] > 1 and _is_causal(module, is_causal),
+            dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias,
+            **kwargs,
+        )  # fmt: skip
     if _traced():
         common = False
     else:
@@ -145,6 +154,11 @@ def eager_attention_forward(
     Raises:
         ModelError: the model's own function is needed and cannot be found.
     """
+    if isinstance(key, WatchedTensor):
+        return _watched(
+            eager_attention_forward, module, query, key, value, attention_mask,
+            causal=False, scaling=scaling, dropout=dropout, **kwargs,
+        )  # fmt: skip
     if (
         _traced()
         or dropout
@@ -175,6 +189,36 @@ def eager_attention_forward(
         bias=kwargs.get("position_bias"),
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _watched(
+    forward: Callable[..., _Output],
+    module: nn.Module,
+    query: Tensor,
+    key: WatchedTensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    **options: Any,
+) -> _Output:
+    """``forward`` over the keys that are watched, and what it saw for who watches them.
+
+    `causal`: what no mask means.
+    """
+    watch, keys = key.watch, key.content
+    mask = watch.mask(mask, query)
+    out = forward(module, query, keys, value, mask, **options)
+    causal = causal and mask is None
+    if causal and query.shape[2] != keys.shape[2]:
+        watch.was_read()  # rows then see the first tokens only
+    else:
+        report(
+            watch, query, keys,
+            mask=mask, scale=options.get("scaling"), causal=causal, softcap=options.get("softcap"),
+            sinks=options.get("s_aux"), bias=options.get("position_bias"),
+        )  # fmt: skip
+    return out
 
 
 def _uncommon(

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 
@@ -40,7 +40,7 @@ class CacheLayer(ABC):
     int snapshots. *Logical* tokens were seen; *stored* tokens are kept.
     """
 
-    kind: ClassVar[str]
+    kind: str
     #: The layer forgets by design: it keeps a bounded number of recent tokens.
     is_sliding: bool = False
     #: The layer keeps a recurrent or convolution state instead of tokens.

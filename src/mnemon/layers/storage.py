@@ -189,6 +189,14 @@ class TokenBuffer:
         """The reverse of `leaves`; runs no operator."""
         self.adopt(leaves[0])
 
+    def writable(self) -> torch.Tensor | None:
+        """The live tokens in memory that no fork reads, to be changed in place."""
+        live = self.live()
+        if live is not None and self._storage is not None and self._storage.is_shared:
+            self.replace(live)
+            live = self.live()
+        return live
+
     def replace(self, content: torch.Tensor) -> None:
         """Forget the live tokens and hold `content` ``[batch, ..., tokens, width]`` instead."""
         self._adopt(content, reserve=not self._exact)

@@ -43,6 +43,11 @@ class LayerPlan(NamedTuple):
         """Numbers kept per token: keys and values."""
         return self.shape.heads * (self.shape.key_dim + self.shape.value_dim)
 
+    @property
+    def is_boundable(self) -> bool:
+        """Whether a policy decides which tokens it keeps."""
+        return self.window is None and self.token_values > 0 and not self.index_values
+
 
 class ModelPlan(NamedTuple):
     """A model as the planner sees it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mnemon.bounds import Bound
 from mnemon.errors import PlanError
 from mnemon.planner.layers import LayerPlan, ModelPlan
 from mnemon.schemes import BLOCK_TOKENS, PackedFormat
@@ -39,6 +40,7 @@ def plan_cache(
     dtype: str = "bfloat16",
     static: int | None = None,
     packed: PackedFormat | None = None,
+    bound: Bound | None = None,
     source: int | None = None,
 ) -> CachePlan:
     """Compute the bytes of a cache that holds `context` tokens of `batch` rows.
@@ -53,6 +55,9 @@ def plan_cache(
         dtype: the dtype the model runs in.
         static: n of the recipe `static(n)` (`Recipe.static_tokens`); None for the default recipe.
         packed: how keys and values are quantized (`Recipe.packed`); None for the model's dtype.
+        bound: how many tokens a policy lets a layer hold (`Recipe.bound`); None for all. Stored are
+            then those left after a prompt, reserved as many as may come before the next drop;
+            while a prompt runs, one layer at a time holds all of its tokens.
         source: encoder tokens per row of an encoder-decoder; None for as many as `context`, or
             what the model fixes.
 
@@ -71,6 +76,19 @@ def plan_cache(
     stored = reserved = growth = 0
     for layer, count in _counted(model.layers):
         states = _state_bytes(layer, item)
+        if bound is not None and layer.is_boundable:
+            held, most = _held(bound, context), min(context, bound.most(context))
+            sizes = [
+                _bounded(layer, tokens, packed, item)
+                + layer.shape.heads * tokens * bound.score_bytes
+                for tokens in (held, most)
+            ]
+            stored += (sizes[0] + states) * count
+            reserved += (sizes[1] + states) * count
+            later = _bounded(layer, most + BLOCK_TOKENS, packed, item) - sizes[1]
+            later += layer.shape.heads * (most + BLOCK_TOKENS) * bound.score_bytes
+            growth += int(later // BLOCK_TOKENS * _share(bound, context)) * count
+            continue
         if packed is not None:
             held, later = (
                 _packed(layer, tokens, packed, item) for tokens in (context, context + BLOCK_TOKENS)
@@ -98,17 +116,21 @@ def max_context(
     dtype: str,
     static: bool = False,
     packed: PackedFormat | None = None,
+    bound: Bound | None = None,
 ) -> int | None:
     """The most tokens per row whose cache fits; None if no length is too long.
 
     Args:
         static: for `static(n)` with n the answer, instead of a cache that grows.
         packed: how keys and values are quantized.
+        bound: how many tokens a policy lets a layer hold.
     """
 
     def fits(tokens: int) -> bool:
         slots = tokens if static else None
-        plan = plan_cache(model, tokens, batch, dtype=dtype, static=slots, packed=packed)
+        plan = plan_cache(
+            model, tokens, batch, dtype=dtype, static=slots, packed=packed, bound=bound
+        )
         return plan.reserved_bytes <= available_bytes
 
     if not fits(1):
@@ -135,6 +157,24 @@ def _counted(layers: tuple[LayerPlan, ...]) -> list[tuple[LayerPlan, int]]:
     for layer in layers:
         counts[layer] = counts.get(layer, 0) + 1
     return list(counts.items())
+
+
+def _held(bound: Bound, tokens: int) -> int:
+    """Tokens left of a prompt."""
+    return tokens if tokens <= bound.most(tokens) else bound.least(tokens)
+
+
+def _share(bound: Bound, tokens: int) -> float:
+    """How many of the tokens that come stay, in the long run."""
+    if tokens < bound.most(tokens):
+        return 1.0
+    return 0.0 if isinstance(bound.keep, int) else bound.keep
+
+
+def _bounded(layer: LayerPlan, tokens: int, packed: PackedFormat | None, item: int) -> int:
+    if packed is not None:
+        return _packed(layer, tokens, packed, item)
+    return _stored(layer, tokens, None) * item
 
 
 def _packed(layer: LayerPlan, tokens: int, form: PackedFormat, item: int) -> int:
