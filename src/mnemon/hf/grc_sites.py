@@ -81,6 +81,8 @@ def _fits(module: nn.Module) -> bool:
     names = _NAMES[type(module)]
     if not all(hasattr(module, name) for name in names):
         return False  # another release
+    if "config" in names and not hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+        return False  # so are 4.57's BART and ViT
     # A memory made of a whole text must not be read by its first tokens where they predict it.
     return not (getattr(module, "is_decoder", False) or module.is_causal)
 

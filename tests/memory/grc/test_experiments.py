@@ -134,22 +134,22 @@ def _wait(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
 
 
 def test_killed_and_resumed_in_processes(tmp_path: Path) -> None:
-    """The command as users call it, with two workers, killed in the middle without warning."""
+    """The command as users call it, killed in the middle without warning; then two workers."""
     path = tmp_path / "grc_digits.json"
-    command = [sys.executable, "-m", "mnemon", "memory", "digits", "--seeds", "1"]
-    command += ["--steps", "8", "--arms", "grc-paper,wide", "--out", str(tmp_path), "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = ["digits", "--seeds", "1", "--steps", "8", "--arms", "grc-paper,wide"]
+    words += ["--out", str(tmp_path), "--json"]
     process = subprocess.Popen(
-        [*command, "--jobs", "1"], env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "mnemon", "memory", *words, "--jobs", "1"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
     )
     _wait(path.exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = json.loads(path.read_text())["runs"]
     assert before
-    done = subprocess.run(
-        [*command, "--jobs", "2", "--resume"], env=environment, capture_output=True, check=True
-    )
+    done = mnemon(*words, "--jobs", "2", "--resume")
+    assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
     assert record["finished"]
     assert record["runs"][: len(before)] == before
