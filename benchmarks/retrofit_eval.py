@@ -77,7 +77,10 @@ def evaluate_all(models: Path, out: Path, *, samples: int, num_windows: int) -> 
         path = kept / f"{name.replace(' ', '_').replace(',', '')}.json"
         if not path.exists():
             started = time.monotonic()
-            if contender.folder is not None and not (models / contender.folder).is_dir():
+            if (
+                contender.folder is not None
+                and not (models / contender.folder / "retrofit.json").exists()
+            ):
                 print(f"{contender.name} at {contender.ratio}: not trained", flush=True)
                 continue
             reference = next(

@@ -98,7 +98,7 @@ def test_available_terms_parse() -> None:
     packed = ("int8", "int4", "int2", "fp8")
     policies = (
         "window(4096)", "sinks(4) + window(4096)", "random(keep=0.25)", "h2o(keep=1024)",
-        "tova(keep=1024)",
+        "tova(keep=1024)", "dmc", "dms",
     )  # fmt: skip
     tiers = ("host", "disk(memory=256MiB)")
     assert available() == ("dense", "static(4096)", *packed, *policies, *tiers)

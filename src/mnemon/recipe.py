@@ -18,7 +18,7 @@ from mnemon.bounds import LEAST_FRACTION, Bound
 from mnemon.errors import RecipeError
 from mnemon.schemes import CODES, PackedFormat
 
-__all__ = ["Recipe", "Role", "Term", "available", "parse"]
+__all__ = ["LEARNED", "Recipe", "Role", "Term", "available", "parse"]
 
 Value: TypeAlias = int | float | str
 MAX_LENGTH = 1000
@@ -48,6 +48,9 @@ class _Known:
     usage: str = ""
 
 
+#: Policies that a retrofitted model brings with it: its config says how they work.
+LEARNED = ("dmc", "dms")
+
 # The one place that says which terms exist and which of them work today.
 _TERMS: dict[str, _Known] = {
     "dense": _Known(role=Role.FORMAT, ready=True, usage="dense"),
@@ -58,7 +61,8 @@ _TERMS: dict[str, _Known] = {
     "random": _Known(role=Role.POLICY, ready=True, usage="random(keep=0.25)"),
     "h2o": _Known(role=Role.POLICY, ready=True, usage="h2o(keep=1024)"),
     "tova": _Known(role=Role.POLICY, ready=True, usage="tova(keep=1024)"),
-    **{name: _Known(role=Role.POLICY) for name in ("snapkv", "key_norm", "dmc", "dms")},
+    **{name: _Known(role=Role.POLICY) for name in ("snapkv", "key_norm")},
+    **{name: _Known(role=Role.POLICY, ready=True, usage=name) for name in LEARNED},
     "host": _Known(role=Role.TIER, ready=True, usage="host"),
     "disk": _Known(role=Role.TIER, ready=True, usage="disk(memory=256MiB)"),
 }
@@ -366,6 +370,7 @@ def _check_policies(recipe: Recipe) -> None:
     """Refuse policies that do not go together, or not with the rest of the recipe."""
     names = tuple(sorted(term.name for term in recipe.policies if term.name in _POLICY_OPTIONS))
     if not names:
+        _check_learned(recipe)
         return
     if len(recipe.policies) > 1 and names != ("sinks", "window"):
         terms = " + ".join(str(term) for term in recipe.policies)
@@ -391,6 +396,19 @@ def _check_policies(recipe: Recipe) -> None:
             f"tier once more. With {recipe.tier.name} use {_POLICY_USAGE['window']}, "
             f"{_POLICY_USAGE['sinks']} or {_POLICY_USAGE['random']}, or leave the tier out."
         )
+
+
+def _check_learned(recipe: Recipe) -> None:
+    """Refuse two learned policies, and options that the model's config decides."""
+    for term in recipe.policies:
+        if term.args or term.options:
+            raise RecipeError(
+                f"{term.name} takes no arguments: the config of a retrofitted model has them; got "
+                f"{term}."
+            )
+    if len(recipe.policies) > 1:
+        terms = " + ".join(str(term) for term in recipe.policies)
+        raise RecipeError(f"{terms} cannot be combined: a model was retrofitted with one of them.")
 
 
 def _check_policy(term: Term) -> None:

@@ -24,7 +24,7 @@ from mnemon.layers.static_window import StaticWindowLayer
 from mnemon.layers.tiered import TieredLayer
 from mnemon.layers.tiering import Tiering
 from mnemon.layers.window import WindowLayer
-from mnemon.recipe import Recipe
+from mnemon.recipe import LEARNED, Recipe
 
 __all__ = [
     "CacheLayer",
@@ -56,6 +56,13 @@ def build_all(specs: Sequence[LayerSpec], recipe: Recipe) -> list[CacheLayer]:
         RecipeError: a recipe under which the model would compute something else.
         TierError: no file can be made where the recipe says.
     """
+    learned = [term.name for term in recipe.policies if term.name in LEARNED]
+    if learned and all(spec.compression is None for spec in specs):
+        raise RecipeError(
+            f"{recipe} does not fit this model: {learned[0]} is for models that were retrofitted "
+            f"with it (mnemon.memory.retrofit, `mnemon retrofit`). Take the config of one, or a "
+            f"policy that needs no training, e.g. h2o(keep=1024)."
+        )
     tiering = Tiering.of(recipe)
     return [build(spec, recipe, tiering) for spec in specs]
 
@@ -131,7 +138,8 @@ def _compressing(
 ) -> CacheLayer:
     """A layer of a retrofitted model, which refuses tokens that nothing was decided about."""
     form = recipe.packed
-    if recipe.static_tokens is not None or recipe.policies:
+    others = [term.name for term in recipe.policies if term.name != compression.method]
+    if recipe.static_tokens is not None or others:
         raise RecipeError(
             f"{recipe} does not fit a model that was retrofitted with {compression.method}, which "
             f"decides itself which tokens stay. Use the default recipe, a packed format, a tier "

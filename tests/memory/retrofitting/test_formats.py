@@ -182,6 +182,17 @@ def test_recipes_that_do_not_fit_are_refused() -> None:
     for recipe in ("static(64)", "window(64)"):
         with pytest.raises(RecipeError, match="dms"):
             mnemon.Cache(config, recipe)
+    with pytest.raises(RecipeError, match="dmc"):
+        mnemon.Cache(config, "dmc")
+    for recipe in ("dms(4)", "dms + dmc", "dms + h2o(keep=4)"):
+        with pytest.raises(RecipeError):
+            mnemon.Cache(config, recipe)
+    named = mnemon.Cache(config, "dms + int4 + host")
+    assert [layer.kind for layer in named.layers] == ["dms", "dms"]
+    plain = deciding_model(method="dms")
+    mnemon.memory.detach_compression(plain)
+    with pytest.raises(RecipeError, match="retrofitted"):
+        mnemon.Cache(plain.config, "dms")
     sliding = deciding_model("mistral", "dmc", 12, sliding_window=16).config
     with pytest.raises(RecipeError, match="16 tokens"):
         mnemon.Cache(sliding, "int4")
