@@ -75,7 +75,9 @@ class Compression:
             ):
                 raise LearnedMemoryError(f"{name} is a finite number; got {value!r}.")
         if self.ratio < 1:
-            raise LearnedMemoryError(f"ratio is the compression trained for, 1 or more; got {self.ratio}.")
+            raise LearnedMemoryError(
+                f"ratio is the compression trained for, 1 or more; got {self.ratio}."
+            )
 
     @classmethod
     def named(cls, method: str, **options: Any) -> Self:

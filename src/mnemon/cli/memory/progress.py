@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, final
 
 __all__ = ["Shown", "bar"]
 
@@ -19,6 +19,7 @@ class Shown(Protocol):
         """What has just happened."""
 
 
+@final
 class _Silent:
     def advance(self, count: int) -> None:
         pass
@@ -53,6 +54,7 @@ def bar(what: str, total: int, *, quiet: bool) -> Iterator[Shown]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
 
+        @final
         class Bar:
             def advance(self, count: int) -> None:
                 progress.advance(task, count)

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 
@@ -23,6 +23,7 @@ __all__ = ["run_all"]
 Tick = Callable[[int], None]
 
 
+@final
 class _Stopped(Exception):
     """The experiment was interrupted; a worker need not finish its run."""
 
@@ -110,8 +111,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@final
 class _Channel:
-    """What a worker process talks to its parent through."""
+    """What a worker process talks to its parent through: set once, in the worker's own process.
+
+    A queue cannot be an argument of a task; only a process that begins can be given one.
+    """
 
     ticks: Any = None
     stop: Any = None
