@@ -139,7 +139,8 @@ def _attend(
         projection(hidden_states).view(shape).transpose(1, 2)
         for projection in (module.q_proj, module.k_proj, module.v_proj)
     )
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+    name = module.config._attn_implementation
+    function = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     attended, weights = function(
         module,
         *heads,
