@@ -345,13 +345,18 @@ def draw(record: dict[str, Any], path: Path) -> None:
             if row["ratio"] not in (1, ratio):
                 continue
             points = [p for p in row["recall"] if p["task"] == "needle"]
-            share = [p["correct"] / p["samples"] for p in points]
+            # A little apart, or equal curves hide one another.
+            share = [
+                p["correct"] / p["samples"] + 0.008 * (names.index(row["name"]) - 4) for p in points
+            ]
             style = "-" if row["name"] in RETROFITS else "--"
-            axis.plot([p["distance"] for p in points], share, style, marker="o", ms=4,
-                      color=colours[row["name"]], label=row["name"])  # fmt: skip
-        axis.set(xscale="log", xlabel="distance, tokens", title=f"needles, asked ratio {ratio}")
-        axis.set_xticks(TASKS["needle"], [str(d) for d in TASKS["needle"]])
-        axis.set(ylim=(-0.03, 1.03), ylabel="recalled in full")
+            axis.plot(
+                range(len(points)), share, style, marker="o", ms=4,
+                color=colours[row["name"]], label=row["name"],
+            )  # fmt: skip
+        axis.set(xlabel="distance, tokens", title=f"needles, asked ratio {ratio}")
+        axis.set_xticks(range(len(TASKS["needle"])), [str(d) for d in TASKS["needle"]])
+        axis.set(ylim=(-0.06, 1.06), ylabel="recalled in full (curves a little apart)")
     for name in names:
         rows = sorted((r for r in record["rows"] if r["name"] == name), key=lambda r: r["ratio"])
         style = "-" if name in RETROFITS else "--"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,6 +58,9 @@ def command(
             show_default=False,
         ),
     ] = None,
+    pressure: Annotated[
+        float, typer.Option("--pressure", help="Weight of what compression lacks of its target.")
+    ] = 2.0,
     seed: Annotated[int, typer.Option("--seed", help="Of rows and noise.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")
@@ -101,6 +105,7 @@ def command(
         loss=loss,
         rate=rate,
         decision_rate=decision_rate,
+        pressure=pressure,
         seed=seed,
     )
     if threads is not None:
@@ -161,6 +166,8 @@ def _train(
     }
     control = trainer.control
     if control is not None:
+        if not quiet:
+            print("setting the offset of the decisions ...", file=sys.stderr, flush=True)
         judged = calibration_rows(rows, options, loaded.model, loaded.tokenizer, own=texts is None)
         facts["before_calibration"] = measure(loaded.model, judged).ratio
         found = calibrate(loaded.model, judged, float(options.ratio))

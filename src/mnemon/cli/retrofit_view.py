@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _SMOOTHING = 0.9
 _MOST_HEADS = 16
+_ENOUGH = 0.8  # of the ratio, before calibration
 
 
 @final
@@ -115,8 +116,15 @@ def result_lines(facts: dict[str, Any]) -> str:
         for index, layer in enumerate(by_head)
     ]
     table = output.plain_table(["layer", *(f"head {head}" for head in range(heads)), "all"], rows)
+    short = facts["before_calibration"] < _ENOUGH * facts["ratio"]
+    warning = (
+        "warning: training ended far below the ratio asked for, and the offset made up the rest: "
+        "expect a poor model. Train for more steps, or raise --decision-lr, --factor or "
+        "--pressure.\n"
+    )
     return (
         f"{table}\n"
+        f"{warning if short else ''}"
         f"tokens per slot on {facts['judged_tokens']:,} tokens: {facts['measured']:.2f} "
         f"(asked {facts['ratio']:g}; {facts['before_calibration']:.2f} before the offset was set "
         f"to {facts['offset']:.2f})\n"

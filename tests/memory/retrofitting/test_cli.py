@@ -75,6 +75,8 @@ def test_the_table(tmp_path: Path, text: Path) -> None:
     assert "head 1" in result.stdout
     assert "tokens per slot" in result.stdout
     assert "load_retrofitted" in result.stdout
+    assert "warning: training ended far below" in result.stdout
+    assert {path.stat().st_mode for path in out.iterdir()} == {(out / "config.json").stat().st_mode}
 
 
 def test_the_control_is_a_plain_model(tmp_path: Path, text: Path) -> None:

@@ -87,7 +87,10 @@ def test_drafts_go_back(family: str, method: str, window: int) -> None:
     expected = greedy(model, ids, 14)
     for more in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": assistant}):
         cache = mnemon.Cache(model.config)
-        got = model.generate(ids, past_key_values=cache, max_new_tokens=14, do_sample=False, **more)
+        # 4.57 cannot look up drafts without a token that ends: one that never comes.
+        got = model.generate(
+            ids, past_key_values=cache, max_new_tokens=14, do_sample=False, eos_token_id=999, **more
+        )
         assert torch.equal(got, expected)
 
 
@@ -120,7 +123,9 @@ def test_what_was_not_recorded_is_refused_and_nothing_changes() -> None:
     model, ids = build("llama", "dmc", 12), some_ids(1, 30)
     cache = mnemon.Cache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        # Releases that do not announce drafts record the last call.
+        model(ids[:, :29], past_key_values=cache)
+        model(ids[:, 29:], past_key_values=cache)
     before = cache.nbytes, cache.num_tokens
     with pytest.raises(CacheError, match="activate_past_recording"):
         cache.crop(-2)

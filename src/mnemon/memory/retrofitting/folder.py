@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def write_folder(
             save_retrofitted(model, partial, facts=facts)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        mode = stat.S_IMODE((partial / "config.json").stat().st_mode)
         for file in partial.iterdir():
+            file.chmod(mode)  # safetensors' own is for the owner alone
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         os.replace(partial, folder)
