@@ -37,7 +37,7 @@ SUITES = (
     *(f"tests/test_{name}.py" for name in ("cache", "legacy_form", "binding", "prefill")),
     *(f"tests/test_{name}.py" for name in ("binding_generate", "binding_tracking", "files")),
     *(f"tests/test_{name}.py" for name in ("errors", "exports", "recipe", "token_log")),
-    "tests/memory/retrofitting/test_generate.py",
+    "tests/memory/retrofitting/test_generating.py",
     "tests/memory/retrofitting/test_adapter.py",
 )
 #: Of the layers' contract only the classes that models of a release bring depend on it; 4.57 has

@@ -38,6 +38,11 @@ NAMES = [
     "int4 + attach",
     "int2 + attach",
     "fp8 + attach",
+    "window(4096) + attach",
+    "sinks(4) + window(4096) + attach",
+    "random(keep=0.25) + attach",
+    "h2o(keep=1024) + attach",
+    "tova(keep=1024) + attach",
     "host + attach",
     "disk(memory=256MiB) + attach",
 ]
@@ -79,7 +84,7 @@ def test_every_cache_is_there_and_none_failed(found: dict[str, Any]) -> None:
 def test_lossless_caches_agree_and_the_lossy_one_shows(found: dict[str, Any]) -> None:
     rows = by_name(found)
     for name in NAMES:
-        if "fp8" in name or name.startswith("int"):
+        if "fp8" in name or name.startswith(("int", "random")):
             assert rows[name]["logit_difference"] > 0
         else:
             assert rows[name]["agreement"] == 1.0

@@ -116,6 +116,8 @@ def _recipes(config: Any) -> Iterator[Contender]:
 
     for usage in recipe.available():
         parsed = recipe.parse(usage)
+        if any(term.name in recipe.LEARNED for term in parsed.policies):
+            continue  # a retrofitted model has it in every cache, and no other model has
         plain = parsed.format.name in LOSSLESS_FORMATS and not (parsed.tier or parsed.policies)
         # What is packed or lies elsewhere is made to be read by mnemon's attention: without it
         # every step makes all of it dense.
